@@ -1,0 +1,195 @@
+"""What both hosts need for one move, and what they report of it.
+
+``MoveOrder`` is the migration spec without its secret; ``encode_spec``/``decode_spec`` are the body of the order, in
+which the secret travels as raw bytes behind the order's JSON, so that no JSON parser and no validation error ever
+holds it (promise P2).
+
+    offset  size  field
+    0       4     length n of the JSON, big-endian
+    4       n     MoveOrder as JSON, UTF-8
+    4+n     40    sealed move: key (32 bytes), nonce (8 bytes)   |   plain move: 16 bytes, the one-time token
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+from uuid import UUID
+
+from pydantic import TypeAdapter, ValidationError
+
+from sealift.domain.vm import HardwareRecord
+from sealift.errors import InvalidInput
+from sealift.secret import Secret
+
+KEY_BYTES, NONCE_BYTES, TOKEN_BYTES = 32, 8, 16
+MAX_ORDER_BYTES = 1 << 20
+
+
+class Role(Enum):
+    """A host's side of a move."""
+
+    SOURCE = "source"
+    TARGET = "target"
+
+
+@dataclass(frozen=True)
+class ChannelLimits:
+    """Limits of the sealed channel that both ends bind into the handshake (docs/protocol/channel.md)."""
+
+    window_bytes: int = 64 << 20
+    rekey_records: int = 1 << 24
+    rekey_bytes: int = 1 << 36
+
+
+@dataclass(frozen=True)
+class MoveOptions:
+    """What the person asked for. Bandwidth in bytes per second (0: no limit), downtime in milliseconds."""
+
+    bandwidth: int = 0
+    max_downtime_ms: int = 300
+    multifd_channels: int = 0  # 0: one stream, no multifd
+
+
+@dataclass(frozen=True)
+class MoveOrder:
+    """One attempt to move one VM: the public part of the migration spec, the same for both hosts."""
+
+    attempt: UUID
+    fence: int
+    vm: UUID
+    vm_name: str
+    source: UUID
+    source_name: str
+    source_address: str  # the source's migration address, without port
+    target: UUID
+    target_name: str
+    target_address: str  # host:port of the target's doorman
+    protection: Literal["sealed", "plain"]
+    channel_version: int
+    reason: str  # why sealed or plain, in words
+    options: MoveOptions
+    limits: ChannelLimits
+    hardware: HardwareRecord
+
+
+@dataclass(frozen=True)
+class SealedSecret:
+    """The one-time key and nonce of a sealed move."""
+
+    key: Secret
+    nonce: Secret
+
+
+@dataclass(frozen=True)
+class PlainToken:
+    """The one-time token of a plain move: access control, not secrecy."""
+
+    token: Secret
+
+
+MoveSecret = SealedSecret | PlainToken
+
+_ORDER = TypeAdapter(MoveOrder)
+
+
+def encode_spec(order: MoveOrder, secret: MoveSecret) -> bytes:
+    """The body of an order; its secret must fit the order's protection."""
+    if isinstance(secret, SealedSecret) is not (order.protection == "sealed"):
+        raise ValueError("the secret does not fit the order's protection")
+    public = _ORDER.dump_json(order)
+    match secret:
+        case SealedSecret(key, nonce):
+            raw = key.reveal() + nonce.reveal()
+        case PlainToken(token):
+            raw = token.reveal()
+    return struct.pack(">I", len(public)) + public + raw
+
+
+def decode_spec(body: bytes) -> tuple[MoveOrder, MoveSecret]:
+    """Parse an order's body; raises InvalidInput, which never quotes what it was given."""
+    bad = InvalidInput("the migration order is malformed", todo="controller and agent must be of matching versions")
+    if len(body) < 4 or len(body) > MAX_ORDER_BYTES:
+        raise bad
+    (length,) = struct.unpack_from(">I", body)
+    if length > len(body) - 4:
+        raise bad
+    try:
+        order = _ORDER.validate_json(body[4 : 4 + length])
+    except (ValidationError, InvalidInput):
+        raise bad from None  # the cause would quote the input
+    raw = body[4 + length :]
+    if order.protection == "sealed" and len(raw) == KEY_BYTES + NONCE_BYTES:
+        return order, SealedSecret(
+            Secret(raw[:KEY_BYTES], length=KEY_BYTES), Secret(raw[KEY_BYTES:], length=NONCE_BYTES)
+        )
+    if order.protection == "plain" and len(raw) == TOKEN_BYTES:
+        return order, PlainToken(Secret(raw, length=TOKEN_BYTES))
+    raise bad
+
+
+class MoveState(Enum):
+    """Where one host stands in one attempt."""
+
+    PREPARING = "preparing"  # both: relay and QEMU are being set up
+    WAITING = "waiting"  # target: listening, nothing is complete yet
+    PRECOPY = "precopy"  # source: memory is being copied
+    SWITCHOVER = "switchover"  # source: the guest is stopped
+    READY = "ready"  # target: holds a complete, paused copy
+    COMMITTING = "committing"  # source: let go, waits for RUNNING; target: committed, starting the guest
+    AWAITING_ANSWER = "awaiting_answer"  # source: let go, the link is gone; the controller must carry the question
+    DONE = "done"  # source: released; target: runs
+    FAILED = "failed"  # source: the guest runs on here; target: empty
+    CANCELLED = "cancelled"
+    CRASHED = "crashed"  # the QEMU that held the VM here is gone
+    UNKNOWN = "unknown"  # cannot be settled here
+
+
+MOVE_FINAL = frozenset({MoveState.DONE, MoveState.FAILED, MoveState.CANCELLED, MoveState.CRASHED})
+
+
+class Answer(Enum):
+    """The target's answer to COMMIT; both are durable at the target before they are given."""
+
+    RUNNING = "running"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """QEMU's migration statistics at one moment; bytes, bytes per second, pages per second, milliseconds."""
+
+    total_bytes: int = 0
+    remaining_bytes: int = 0
+    transferred_bytes: int = 0
+    rate: float = 0.0
+    dirty_rate: float = 0.0  # bytes per second the guest dirties
+    passes: int = 0
+    expected_downtime_ms: int = 0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until memory is copied at this rate; None when it does not converge or is not known."""
+        gain = self.rate - self.dirty_rate
+        return self.remaining_bytes / gain if gain > 0 else None
+
+
+@dataclass(frozen=True)
+class MoveStatus:
+    """One host's report of one attempt. Times are seconds since the epoch on that host's clock."""
+
+    attempt: UUID
+    role: Role
+    state: MoveState
+    progress: Progress = Progress()
+    channels: int = 0
+    sealed_out: int = 0  # plaintext bytes this host sealed
+    sealed_in: int = 0  # plaintext bytes this host opened
+    stopped_at: float | None = None  # source: the guest's STOP
+    resumed_at: float | None = None  # target: the guest's RESUME
+    clock_offset_s: float | None = None  # source: target's clock minus source's
+    answer: Answer | None = None  # target: its durable answer, once given
+    error_slug: str = ""
+    error: str = ""
