@@ -1,0 +1,1 @@
+"""The public API: wire models, routes and the application."""

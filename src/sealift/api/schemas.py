@@ -1,0 +1,254 @@
+"""Wire models of the public API under /api/v1, shared by the server and its clients.
+
+Times are ISO 8601 with an offset (UTC), sizes and rates in bytes and bytes per second, identifiers UUIDs. Hosts and
+VMs are addressed by name. Requests refuse fields they do not know; answers may gain fields, so clients ignore what
+they do not know. Every error is an RFC 9457 problem document (``Problem``).
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from sealift.domain.host import HostCapabilities
+from sealift.domain.lifecycle import State
+from sealift.domain.policy import Capability, MigrateEncryption
+from sealift.domain.vm import HardwareRecord, VmConfig, VmState
+
+
+class Request(BaseModel):
+    """A body that a client sends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Document(BaseModel):
+    """A body that the controller answers."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+# Who
+
+
+class Authority(Document):
+    """GET authority: the controllers' authority, PEM. Its fingerprint is SHA-256 over the certificate's DER."""
+
+    certificate: str
+
+
+class WhoAmI(Document):
+    """GET whoami: the name of the token's owner, and the controller that answered."""
+
+    name: str
+    controller: UUID
+    version: str
+    fingerprint: str  # as domain.token.fingerprint_text writes it
+
+
+class JoinTokenRequest(Request):
+    """POST join-tokens. ``replaces`` names the host whose place the joining machine may take."""
+
+    replaces: str | None = None
+
+
+class JoinToken(Document):
+    """A token for one join. It is shown here and never again."""
+
+    token: str
+    expires_at: datetime
+    fingerprint: str
+    join_command: str  # asks for the token on its standard input
+
+
+class JoinRequest(Request):
+    """POST join, by an agent that has no certificate yet. Of the CSR only key and proof of possession are used."""
+
+    token: SecretStr
+    csr: str = Field(max_length=16384)
+    name: str = Field(max_length=63)
+    address: str = Field(max_length=300)  # host:port of the agent's listener
+    migration_address: str = Field(max_length=300)  # host:port of the doorman
+
+
+class Joined(Document):
+    """The answer to a join. ``certificate`` is the host's, followed by its authority's; all PEM."""
+
+    host: UUID
+    name: str
+    certificate: str
+    controllers_authority: str
+    hosts_authority: str
+
+
+# Hosts
+
+
+class Host(Document):
+    """A host. ``capability`` is what it says of sealing moves, and UNKNOWN while it does not answer."""
+
+    id: UUID
+    name: str
+    address: str
+    migration_address: str
+    state: Literal["reachable", "unreachable"]
+    capability: Capability
+    capabilities: HostCapabilities | None  # None while unreachable
+    message: str = ""  # why it is unreachable
+    joined_at: datetime
+
+
+# VMs
+
+
+class VmCreate(Request):
+    """POST vms: define a VM on ``host`` from the text of its TOML file."""
+
+    host: str
+    config: str = Field(max_length=65536)
+
+
+class VmChange(Request):
+    """PATCH vms/{name}."""
+
+    migrate_encryption: MigrateEncryption
+
+
+class VmStop(Request):
+    """POST vms/{name}/stop; ``force`` kills it, otherwise the guest is asked to power down."""
+
+    force: bool = False
+
+
+class Vm(Document):
+    """A VM. ``state`` is None while its host does not answer; ``message`` then says why."""
+
+    uuid: UUID
+    name: str
+    host: str
+    state: VmState | None
+    migrate_encryption: MigrateEncryption
+    encrypted: bool = False
+    config: VmConfig
+    hardware: HardwareRecord | None
+    message: str = ""
+
+
+# Migrations
+
+
+class MigrationCreate(Request):
+    """POST migrations. Answers 201 with the Migration, which then runs by itself; 409 ``plan_refused`` otherwise.
+
+    ``channels`` counts data streams: 1 is one stream, N >= 2 is multifd with N. With ``dry_run`` nothing is stored or
+    moved, and the answer is 200 with the Migration as it would be, in state ``planned`` or ``refused``, with its
+    findings.
+    """
+
+    vm: str
+    to: str
+    dry_run: bool = False
+    bandwidth: int = Field(default=0, ge=0, le=1 << 50)  # bytes per second; 0: no limit
+    max_downtime_ms: int = Field(default=300, ge=1, le=2_000_000)
+    channels: int = Field(default=1, ge=1, le=65535)
+
+
+class Finding(Document):
+    """One thing the plan found; an error refuses the migration, a warning does not."""
+
+    severity: Literal["error", "warning"]
+    text: str
+    todo: str
+
+
+class Phase(Document):
+    """When the migration entered a state."""
+
+    state: State
+    at: datetime
+
+
+class Progress(Document):
+    """The source's statistics at the moment of the last look, while the migration runs."""
+
+    total_bytes: int
+    remaining_bytes: int
+    transferred_bytes: int
+    rate: float  # bytes per second
+    dirty_rate: float  # bytes per second the guest dirties
+    passes: int
+    expected_downtime_ms: int
+
+
+class Migration(Document):
+    """A migration's record. ``protection`` and ``cipher`` are None until the plan is made; cipher is None if plain.
+
+    ``sealed_out`` and ``sealed_in`` are plaintext bytes the source sealed (source to target) and opened (target to
+    source); ``target_sealed_*`` are the target's own counts of what it sealed and opened. ``downtime_ms`` runs from
+    the guest's stop at the source to its resume at the target, clocks compared over the control stream.
+    """
+
+    id: UUID
+    dry_run: bool = False
+    vm: UUID
+    vm_name: str
+    source: str
+    target: str
+    state: State
+    finished: bool
+    asked_policy: MigrateEncryption
+    protection: Literal["sealed", "plain"] | None
+    reason: str
+    cipher: str | None
+    channels: int
+    bandwidth: int
+    max_downtime_ms: int
+    sealed_out: int
+    sealed_in: int
+    target_sealed_out: int
+    target_sealed_in: int
+    phases: list[Phase]
+    total_s: float | None  # from request to end, or to now
+    downtime_ms: float | None
+    requested_by: str
+    cancel_requested: bool
+    progress: Progress | None
+    eta_s: float | None
+    error_slug: str
+    error: str
+    todo: str
+    created_at: datetime
+    finished_at: datetime | None
+    findings: list[Finding]
+
+
+# Events and errors
+
+
+class Event(Document):
+    """One thing that happened. ``seq`` only ever rises; server-sent events carry it as their id."""
+
+    seq: int
+    at: datetime
+    type: str  # such as host.joined, host.capability_lost, migration.state, migration.plain
+    text: str
+    host: str | None = None
+    vm: str | None = None
+    migration: UUID | None = None
+    state: str | None = None  # of a migration.state event: the state it entered
+
+
+class Problem(Document):
+    """RFC 9457 problem document; ``slug`` names the error class (docs/errors.md)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    slug: str
+    todo: str = ""
+    migration: UUID | None = None  # of a refused migration: its record
+    findings: list[Finding] = []  # of a refused migration: everything that was found

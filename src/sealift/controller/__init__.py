@@ -1,0 +1,1 @@
+"""The controller: inventory, plan, orchestration and record of migrations."""
