@@ -17,6 +17,7 @@
     │   ├── PrefaceInvalid, HandshakeFailed, EpochStale, ChannelUnexpected, OpenMissing
     │   ├── RecordForged, RecordOversize, RecordUnexpected, StreamTruncated, SequenceExhausted
     │   └── PeerSilent, PeerClosed, PeerUnreachable, LocalPeerRefused, RelayGone
+    ├── ToolMissing                                                     a program or package the demonstration needs
     ├── SelfTestFailed                                                  the cipher here computes something else
     └── IllegalTransition                                               our bug: the lifecycle has no such step
 
@@ -26,7 +27,8 @@ and host; ``todo`` says what to do next. Neither may quote a secret, and neither
 
 from __future__ import annotations
 
-from typing import ClassVar
+import json
+from typing import Any, ClassVar
 
 
 class SealiftError(Exception):
@@ -333,6 +335,12 @@ class RelayGone(ChannelError):
     slug = "relay_gone"
 
 
+class ToolMissing(SealiftError):
+    """A program or package that the demonstration's guest is built with is not to be had on this machine."""
+
+    slug, status, exit_code = "tool_missing", 500, 1
+
+
 class SelfTestFailed(SealiftError):
     """The cipher on this host does not compute its known answers; sealed moves are refused here."""
 
@@ -362,3 +370,24 @@ def from_slug(slug: str, what: str, todo: str = "") -> SealiftError:
         if cls.slug == slug:
             return cls(what, todo=todo)
     return SealiftError(f"{slug}: {what}", todo=todo)
+
+
+def to_problem(error: SealiftError) -> dict[str, Any]:
+    """The problem document (RFC 9457) of an error, with ``slug`` and ``todo`` as extension members."""
+    return {
+        "type": "about:blank",
+        "title": (type(error).__doc__ or "").strip(),
+        "status": error.status,
+        "detail": error.what,
+        "slug": error.slug,
+        "todo": error.todo,
+    }
+
+
+def from_problem(body: bytes, status: int) -> SealiftError:
+    """The error in a problem document; the root class when the answer is something else."""
+    try:
+        document = json.loads(body)
+        return from_slug(str(document["slug"]), str(document["detail"]), str(document.get("todo", "")))
+    except (ValueError, KeyError, TypeError):
+        return SealiftError(f"the answer was HTTP {status} and not one of Sealift's")
