@@ -329,6 +329,12 @@ class LocalPeerRefused(ChannelError):
     slug = "local_peer_refused"
 
 
+class LocalClosed(ChannelError):
+    """The process whose stream a channel carries closed its socket before all of the stream was handed over."""
+
+    slug = "local_closed"
+
+
 class RelayGone(ChannelError):
     """The relay process of this move has ended."""
 
@@ -345,6 +351,12 @@ class SelfTestFailed(SealiftError):
     """The cipher on this host does not compute its known answers; sealed moves are refused here."""
 
     slug, status, exit_code = "self_test_failed", 500, 1
+
+
+class MemoryUnprotected(SealiftError):
+    """The kernel did not let a process that will hold keys forbid dumps of its memory; the process did not start."""
+
+    slug, status, exit_code = "memory_unprotected", 500, 1
 
 
 class IllegalTransition(SealiftError):
