@@ -16,9 +16,10 @@
     ├── ChannelError                                                    the sealed channel
     │   ├── PrefaceInvalid, HandshakeFailed, EpochStale, ChannelUnexpected, OpenMissing
     │   ├── RecordForged, RecordOversize, RecordUnexpected, StreamTruncated, SequenceExhausted
-    │   └── PeerSilent, PeerClosed, PeerUnreachable, LocalPeerRefused, RelayGone
+    │   └── PeerSilent, PeerClosed, PeerUnreachable, LocalPeerRefused, LocalClosed, RelayGone
     ├── ToolMissing                                                     a program or package the demonstration needs
     ├── SelfTestFailed                                                  the cipher here computes something else
+    ├── MemoryUnprotected                                               dumps of a process with keys are not forbidden
     └── IllegalTransition                                               our bug: the lifecycle has no such step
 
 The first line of each docstring is the error's line in ``docs/errors.md``. A message says what happened, to which VM
