@@ -60,7 +60,7 @@ class Boot:
 
 @dataclass(frozen=True)
 class VmConfig:
-    """A VM's configuration, as in its TOML file. ``memory_bytes`` is a multiple of 4 KiB."""
+    """A VM's configuration, as in its TOML file. ``memory_bytes`` is a multiple of 8 KiB, as QEMU rounds it."""
 
     name: str
     uuid: UUID
@@ -78,9 +78,9 @@ class VmConfig:
         check_name("VM", self.name)
         if not 1 <= self.vcpus <= 512:
             raise InvalidInput(f"VM {self.name}: vcpus is {self.vcpus}", todo="give 1 to 512")
-        if self.memory_bytes < 16 << 20 or self.memory_bytes % 4096:
+        if self.memory_bytes < 16 << 20 or self.memory_bytes % 8192:
             raise InvalidInput(
-                f"VM {self.name}: memory is {self.memory_bytes} bytes", todo="give 16 MiB or more, in whole 4 KiB pages"
+                f"VM {self.name}: memory is {self.memory_bytes} bytes", todo="give 16 MiB or more, a multiple of 8 KiB"
             )
         paths = [disk.path for disk in self.disks]
         if self.boot:

@@ -1,0 +1,71 @@
+"""Whether an accelerator really runs a virtual CPU here, at a speed that is of use.
+
+That ``/dev/kvm`` exists and opens proves nothing: on some machines, nested ones above all, guests on it hang, or run
+forty times slower than without, while a handful of instructions still passes. So QEMU's own firmware is booted (real
+and protected mode, PCI, timers, interrupts) up to a boot sector of ours, which prints a word to the debug console port
+and then ends QEMU. Only the word, printed in time, counts. Measured with TCG: 0.1 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import struct
+import tempfile
+from pathlib import Path
+
+from sealift.domain.vm import Accelerator
+from sealift.hypervisor.process import spawn
+
+PROBE_S = 2.0
+_WORD = b"sealift"
+_SECTOR_BYTES, _DISK_BYTES = 512, 1 << 20
+_CONSOLE_PORT, _EXIT_PORT = 0xE9, 0xF4
+
+
+def boot_sector() -> bytes:
+    """The boot sector: 16-bit code that prints the word and ends QEMU."""
+    code = struct.pack("<BH", 0xBA, _CONSOLE_PORT)  # mov dx, port
+    for letter in _WORD:
+        code += bytes((0xB0, letter, 0xEE))  # mov al, letter; out dx, al
+    code += struct.pack("<BH", 0xBA, _EXIT_PORT) + b"\xee"  # mov dx, port; out dx, al
+    code += b"\xf4\xeb\xfd"  # again: hlt; jmp again
+    return code.ljust(_SECTOR_BYTES - 2, b"\0") + b"\x55\xaa"
+
+
+def _printed(console: Path) -> bool:
+    return console.exists() and console.read_bytes() == _WORD
+
+
+async def runs_vcpu(binary: str, accelerator: Accelerator, *, timeout: float = PROBE_S) -> bool:
+    """Whether ``accelerator`` (KVM or TCG) ran the probe's guest within ``timeout`` seconds.
+
+    The QEMU started for it has ended on return. Raises QemuMissing.
+    """
+    with tempfile.TemporaryDirectory(prefix="sealift-probe-", ignore_cleanup_errors=True) as directory:
+        disk, console = Path(directory, "disk"), Path(directory, "console")
+        with open(disk, "wb") as file:  # noqa: ASYNC230 - a megabyte of nothing
+            file.write(boot_sector())
+            file.truncate(_DISK_BYTES)
+        process = spawn(
+            [
+                binary,
+                *("-accel", accelerator.value, "-machine", "q35", "-m", "32M"),
+                *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+                *("-chardev", f"file,id=console,path={str(console).replace(',', ',,')}"),
+                *("-blockdev", json.dumps({"driver": "file", "filename": str(disk), "node-name": "disk"})),
+                *("-device", "virtio-blk-pci,drive=disk"),
+                *("-device", f"isa-debugcon,iobase={_CONSOLE_PORT:#x},chardev=console"),
+                *("-device", f"isa-debug-exit,iobase={_EXIT_PORT:#x},iosize=1"),
+            ],
+            log_path=os.devnull,
+        )
+        try:
+            ended = await process.wait_exit(timeout)
+        finally:
+            process.kill()
+            # Shielded: a cancelled caller must not leave a virtual CPU spinning. Bounded: one that hangs in the
+            # kernel may not even die.
+            await asyncio.shield(process.wait_exit(timeout))
+        return ended and _printed(console)
