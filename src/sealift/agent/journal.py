@@ -1,0 +1,182 @@
+"""The agent's journal: every VM it holds, every move it was ordered to make, and the highest fence seen for each VM.
+
+SQLite, one file. A row is written before the effect it stands for, so that after a crash the agent knows what it may
+have begun, and an order repeated by the controller is answered instead of carried out twice. No secret is ever here:
+a move's key lives in its relay and nowhere else.
+
+The calls are short and synchronous on purpose: an effect may not start before its row is on the disk.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass, replace
+from pathlib import Path
+from uuid import UUID
+
+from pydantic import TypeAdapter
+
+from sealift.domain.move import MOVE_FINAL, MoveOrder, MoveState, MoveStatus, Role
+from sealift.domain.vm import HardwareRecord, VmConfig
+from sealift.errors import SealiftError, StaleFence
+from sealift.hypervisor.process import ProcessRef
+
+_SCHEMA = """
+CREATE TABLE vm (
+    uuid TEXT PRIMARY KEY, name TEXT NOT NULL, config TEXT NOT NULL, hardware TEXT, process TEXT,
+    wanted INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE move (
+    attempt TEXT NOT NULL, role TEXT NOT NULL, vm TEXT NOT NULL, state TEXT NOT NULL, "order" TEXT, status TEXT NOT NULL,
+    directory TEXT NOT NULL, process TEXT, PRIMARY KEY (attempt, role)
+);
+CREATE TABLE fence (vm TEXT PRIMARY KEY, fence INTEGER NOT NULL);
+CREATE TABLE refused_attempt (attempt TEXT PRIMARY KEY);
+"""
+_VERSION = 1
+
+_CONFIG, _HARDWARE = TypeAdapter(VmConfig), TypeAdapter(HardwareRecord)
+_ORDER, _STATUS, _PROCESS = TypeAdapter(MoveOrder), TypeAdapter(MoveStatus), TypeAdapter(ProcessRef)
+
+
+@dataclass(frozen=True)
+class VmRow:
+    """A VM of this host. ``wanted``: it was started and not stopped, so a missing process means it crashed."""
+
+    config: VmConfig
+    hardware: HardwareRecord | None = None
+    process: ProcessRef | None = None
+    wanted: bool = False
+
+
+@dataclass(frozen=True)
+class MoveRow:
+    """One attempt this host takes part in. ``process``: the target's QEMU, until the VM is this host's."""
+
+    order: MoveOrder
+    status: MoveStatus
+    directory: Path
+    process: ProcessRef | None = None
+
+
+class Journal:
+    """Opens or makes the journal at ``path``; raises SealiftError when a newer agent wrote it."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None)
+        path.chmod(0o600)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;")
+        elif version > _VERSION:
+            raise SealiftError(
+                f"the agent's journal has version {version}, this agent knows {_VERSION}", todo="upgrade the agent"
+            )
+
+    def close(self) -> None:
+        self._db.close()
+
+    # VMs
+
+    def vms(self) -> dict[UUID, VmRow]:
+        """Every VM of this host."""
+        rows = self._db.execute("SELECT uuid, config, hardware, process, wanted FROM vm ORDER BY name")
+        return {
+            UUID(uuid): VmRow(
+                _CONFIG.validate_json(config),
+                _HARDWARE.validate_json(hardware) if hardware else None,
+                _PROCESS.validate_json(process) if process else None,
+                bool(wanted),
+            )
+            for uuid, config, hardware, process, wanted in rows
+        }
+
+    def put_vm(self, row: VmRow) -> None:
+        """Insert or replace a VM."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO vm (uuid, name, config, hardware, process, wanted) VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                str(row.config.uuid),
+                row.config.name,
+                _CONFIG.dump_json(row.config),
+                _HARDWARE.dump_json(row.hardware) if row.hardware else None,
+                _PROCESS.dump_json(row.process) if row.process else None,
+                row.wanted,
+            ),
+        )
+
+    def drop_vm(self, vm: UUID) -> None:
+        """Forget a VM; its fence stays."""
+        self._db.execute("DELETE FROM vm WHERE uuid = ?", (str(vm),))
+
+    # fences
+
+    def check_fence(self, vm: UUID, fence: int) -> None:
+        """Record ``fence`` as seen for ``vm``; raises StaleFence when a higher one was seen before."""
+        row = self._db.execute("SELECT fence FROM fence WHERE vm = ?", (str(vm),)).fetchone()
+        if row and fence < row[0]:
+            raise StaleFence(f"an order for VM {vm} carries fence {fence}; this host has seen {row[0]}")
+        self._db.execute("INSERT OR REPLACE INTO fence (vm, fence) VALUES (?, ?)", (str(vm), fence))
+
+    # moves
+
+    def put_move(self, row: MoveRow) -> None:
+        """Insert or replace an attempt of this host's role."""
+        status = row.status
+        self._db.execute(
+            'INSERT OR REPLACE INTO move (attempt, role, vm, state, "order", status, directory, process)'
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                str(status.attempt),
+                status.role.value,
+                str(row.order.vm),
+                status.state.value,
+                _ORDER.dump_json(row.order),
+                _STATUS.dump_json(status),
+                str(row.directory),
+                _PROCESS.dump_json(row.process) if row.process else None,
+            ),
+        )
+
+    def moves(self) -> list[MoveRow]:
+        """Every attempt not yet forgotten."""
+        rows = self._db.execute('SELECT "order", status, directory, process FROM move').fetchall()
+        return [
+            MoveRow(
+                _ORDER.validate_json(order),
+                _STATUS.validate_json(status),
+                Path(directory),
+                _PROCESS.validate_json(process) if process else None,
+            )
+            for order, status, directory, process in rows
+        ]
+
+    def move(self, attempt: UUID) -> MoveRow | None:
+        """The attempt, or None."""
+        return next((row for row in self.moves() if row.status.attempt == attempt), None)
+
+    def drop_move(self, attempt: UUID) -> None:
+        """Forget an attempt; an order for it is refused from now on."""
+        self.refuse_attempt(attempt)
+        self._db.execute("DELETE FROM move WHERE attempt = ?", (str(attempt),))
+
+    def refuse_attempt(self, attempt: UUID) -> None:
+        """From now on an order for this attempt is refused: it was aborted before it arrived, or is over."""
+        self._db.execute("INSERT OR IGNORE INTO refused_attempt (attempt) VALUES (?)", (str(attempt),))
+
+    def attempt_refused(self, attempt: UUID) -> bool:
+        """Whether an order for this attempt comes too late."""
+        found = self._db.execute("SELECT 1 FROM refused_attempt WHERE attempt = ?", (str(attempt),)).fetchone()
+        return found is not None
+
+
+def unfinished(row: MoveRow) -> bool:
+    """Whether the attempt still needs this agent."""
+    return row.status.state not in MOVE_FINAL | {MoveState.UNKNOWN}
+
+
+def aborted_unseen(attempt: UUID, role: Role) -> MoveStatus:
+    """The status of an attempt that was aborted before its order came."""
+    return replace(MoveStatus(attempt, role, MoveState.FAILED), error="aborted before the order came")

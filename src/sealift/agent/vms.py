@@ -1,0 +1,235 @@
+"""The VMs of this host: defined, started, stopped, found again after a restart of the agent, taken in and let go."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID
+
+import structlog
+
+from sealift.agent.commitlog import let_go_by
+from sealift.agent.journal import Journal, VmRow
+from sealift.agent.settings import AgentSettings
+from sealift.domain.vm import HardwareRecord, VmConfig, VmState, VmStatus
+from sealift.errors import AlreadyExists, Conflict, NotFound, QemuGone, QmpTimeout, VmLetGo
+from sealift.hypervisor.base import Hypervisor, Vm, VmPaths
+
+log = structlog.get_logger()
+
+_POWERDOWN_S = 60
+_STATES = {
+    "running": VmState.RUNNING,
+    "inmigrate": VmState.INCOMING,
+    "postmigrate": VmState.MIGRATED,
+    "shutdown": VmState.STOPPED,
+    "guest-panicked": VmState.CRASHED,
+    "internal-error": VmState.CRASHED,
+}
+
+
+class Vms:
+    """Every VM this host holds. A VM in a move is ``busy``: only the move touches it."""
+
+    def __init__(self, settings: AgentSettings, journal: Journal, hypervisor: Hypervisor) -> None:
+        self._settings, self._journal, self._hypervisor = settings, journal, hypervisor
+        self._rows = journal.vms()
+        self._handles: dict[UUID, Vm] = {}
+        self._locks: dict[UUID, asyncio.Lock] = {}
+        self.busy: set[UUID] = set()
+
+    def paths(self, vm: UUID) -> VmPaths:
+        """Where a VM's sockets and logs lie on this host."""
+        kept = self._settings.state_directory / "vms" / str(vm)
+        kept.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return VmPaths(self._settings.run_directory / "vms" / str(vm), kept / "qemu.log", kept / "serial.log")
+
+    def commits(self, vm: UUID) -> Path:
+        """The directory of a VM's commit logs."""
+        return self._settings.commits / str(vm)
+
+    async def adopt(self) -> None:
+        """Find again every VM that an earlier agent started."""
+        for vm, row in self._rows.items():
+            if row.process is None:
+                continue
+            try:
+                self._handles[vm] = await self._hypervisor.attach(self.paths(vm), row.process, vm)
+                log.info("vm.found", vm=row.config.name, pid=row.process.pid)
+            except QemuGone:
+                log.warning("vm.gone", vm=row.config.name, wanted=row.wanted)
+
+    async def close(self) -> None:
+        """Drop the connections; the VMs run on."""
+        for handle in self._handles.values():
+            await handle.close()
+
+    def row(self, vm: UUID) -> VmRow:
+        """A VM of this host; raises NotFound."""
+        if vm not in self._rows:
+            raise NotFound(f"host {self._settings.name} has no VM {vm}")
+        return self._rows[vm]
+
+    def handle(self, vm: UUID) -> Vm:
+        """The running process of a VM; raises Conflict when it does not run here."""
+        row = self.row(vm)
+        handle = self._handles.get(vm)
+        if handle is None or not handle.process.alive():
+            raise Conflict(f"VM {row.config.name} does not run on {self._settings.name}", todo="start it first")
+        return handle
+
+    async def list(self) -> list[VmStatus]:
+        """The status of every VM here."""
+        return [await self.status(vm) for vm in self._rows]
+
+    async def status(self, vm: UUID) -> VmStatus:
+        """What is true of one VM now; raises NotFound."""
+        row = self.row(vm)
+        state, message = await self._state(vm, row)
+        accelerator = row.hardware.accelerator if row.hardware else None
+        return VmStatus(vm, row.config.name, state, row.config, row.hardware, accelerator, message)
+
+    async def _state(self, vm: UUID, row: VmRow) -> tuple[VmState, str]:
+        handle = self._handles.get(vm)
+        if handle is not None:
+            try:
+                runstate = await handle.status()
+                return _STATES.get(runstate, VmState.PAUSED), "" if runstate in _STATES else f"QEMU says {runstate}"
+            except QemuGone:
+                # Nothing else asks for the handle of a process that has ended.
+                self._handles.pop(vm, None)
+                await handle.close()
+            except QmpTimeout as error:
+                return VmState.PAUSED, str(error)
+        if let_go_by(self.commits(vm)):
+            return VmState.MIGRATED, "let go in a migration"
+        if row.wanted and vm not in self.busy:
+            return VmState.CRASHED, f"its QEMU ended by itself; see {self.paths(vm).log}"
+        return VmState.STOPPED, ""
+
+    async def define(self, config: VmConfig) -> VmStatus:
+        """Take a VM's configuration in; raises AlreadyExists, or NotFound for a file it names that is not there."""
+        if config.uuid in self._rows:
+            raise AlreadyExists(f"host {self._settings.name} has VM {config.uuid} already")
+        for row in self._rows.values():
+            if row.config.name == config.name:
+                raise AlreadyExists(f"host {self._settings.name} has a VM named {config.name} already")
+        self._check_files(config)
+        self._put(VmRow(config))
+        return await self.status(config.uuid)
+
+    def _check_files(self, config: VmConfig) -> None:
+        wanted = [disk.path for disk in config.disks]
+        if config.boot:
+            wanted += [path for path in (config.boot.kernel, config.boot.initrd) if path]
+        for path in wanted:
+            if not os.access(path, os.R_OK):
+                raise NotFound(
+                    f"VM {config.name}: host {self._settings.name} cannot read {path}",
+                    todo="create it there, or put it on a datastore that the host sees",
+                )
+
+    async def start(self, vm: UUID) -> VmStatus:
+        """Start a VM with the hardware its configuration gives now; raises VmLetGo, Conflict, HypervisorError."""
+        async with self._lock(vm):
+            if attempt := let_go_by(self.commits(vm)):
+                raise VmLetGo(
+                    f"VM {vm} was let go by {self._settings.name} in migration attempt {attempt}",
+                    todo="start it at the host that `sealift vm show` names",
+                )
+            row = self.row(vm)
+            self._refuse_busy(vm, row)
+            state, _ = await self._state(vm, row)
+            if state not in (VmState.STOPPED, VmState.CRASHED):
+                raise Conflict(f"VM {row.config.name} is {state.value} on {self._settings.name}")
+            await self._end(vm)  # a guest that powered off leaves its QEMU behind
+            self._check_files(row.config)
+            record = await self._hypervisor.freeze(row.config)
+            self._put(replace(row, hardware=record, process=None, wanted=True))
+            handle = await self._hypervisor.start(record, self.paths(vm))
+            self._handles[vm] = handle
+            self._put(replace(self._rows[vm], process=handle.process))
+            await handle.cont_fresh()
+            return await self.status(vm)
+
+    async def stop(self, vm: UUID, *, force: bool) -> VmStatus:
+        """Ask the guest to power off and wait up to a minute, or with ``force`` end its QEMU; raises Conflict."""
+        async with self._lock(vm):
+            row = self.row(vm)
+            self._refuse_busy(vm, row)
+            handle = self.handle(vm)
+            if not force:
+                await _power_down(handle, row.config.name)
+            self._put(replace(row, wanted=False))
+            await self._end(vm)
+            return await self.status(vm)
+
+    async def delete(self, vm: UUID) -> None:
+        """Forget a stopped VM; its disks stay. Raises Conflict while it runs or moves."""
+        async with self._lock(vm):
+            row = self.row(vm)
+            self._refuse_busy(vm, row)
+            state, _ = await self._state(vm, row)
+            if state in (VmState.RUNNING, VmState.PAUSED, VmState.INCOMING):
+                raise Conflict(f"VM {row.config.name} is {state.value}", todo="stop it first")
+            await self._end(vm)
+            self._journal.drop_vm(vm)
+            del self._rows[vm]
+
+    def take_in(self, hardware: HardwareRecord, handle: Vm) -> None:
+        """The VM of a committed move is this host's from now on."""
+        vm = hardware.config.uuid
+        self._handles[vm] = handle
+        self._put(VmRow(hardware.config, hardware, handle.process, wanted=True))
+
+    async def let_go(self, vm: UUID) -> None:
+        """The VM runs elsewhere: end its QEMU here and forget it. The commit log stays and refuses a start."""
+        await self._end(vm)
+        self._journal.drop_vm(vm)
+        self._rows.pop(vm, None)
+
+    async def _end(self, vm: UUID) -> None:
+        handle = self._handles.pop(vm, None)
+        if handle is not None:
+            await handle.quit()
+            await handle.close()
+        remove_sockets(self.paths(vm))
+        if vm in self._rows and self._rows[vm].process is not None:
+            self._put(replace(self._rows[vm], process=None))
+
+    def _put(self, row: VmRow) -> None:
+        self._journal.put_vm(row)
+        self._rows[row.config.uuid] = row
+
+    def _lock(self, vm: UUID) -> asyncio.Lock:
+        return self._locks.setdefault(vm, asyncio.Lock())
+
+    def _refuse_busy(self, vm: UUID, row: VmRow) -> None:
+        if vm in self.busy:
+            raise Conflict(f"VM {row.config.name} is being migrated", todo="wait, or cancel the migration")
+
+
+def remove_sockets(paths: VmPaths) -> None:
+    """Remove what a VM's process left in its socket directory."""
+    for path in (paths.qmp, paths.rescue):
+        path.unlink(missing_ok=True)
+    if paths.directory.is_dir() and not any(paths.directory.iterdir()):
+        paths.directory.rmdir()
+
+
+async def _power_down(handle: Vm, name: str) -> None:
+    """Wait until the guest has powered off; raises Conflict when it has not in time."""
+    events = handle.events()
+    await handle.powerdown()
+    try:
+        async with asyncio.timeout(_POWERDOWN_S):
+            async for event in events:  # ends by itself with the process
+                if event.name == "SHUTDOWN":
+                    return
+    except TimeoutError:
+        raise Conflict(
+            f"VM {name} did not power off within {_POWERDOWN_S} s",
+            todo="shut it down from inside, or stop it with --force",
+        ) from None

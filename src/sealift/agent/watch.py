@@ -1,0 +1,137 @@
+"""What a move looks at: QEMU's migration, the relay's events, and what people and controllers have asked.
+
+Everything is level, not edge: a fact once seen stays true, so a move that begins to look late, after a restart of the
+agent, sees the same as one that looked all the time. ``until`` waits for a condition over these facts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sealift.channel.relay_client import RelayClient
+from sealift.domain.move import Answer
+from sealift.errors import ChannelError, HypervisorError, QemuGone, RelayGone, from_slug
+from sealift.hypervisor.base import RECONNECTED, MigrationInfo, Vm
+
+_POLL_S = 0.2
+_WAIT_S = 30.0
+_TELLING = frozenset({"MIGRATION", "STOP", "RESUME", "SHUTDOWN", RECONNECTED})
+
+
+class Watch:
+    """The facts of one side of one move. Owns two tasks from ``start`` to ``close``; neither changes anything."""
+
+    def __init__(self, vm: Vm, relay: RelayClient | None) -> None:
+        self._vm, self._relay = vm, relay
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.info = MigrationInfo("none")
+        self.runstate = ""
+        self.qemu_gone = False
+        self.connected = False
+        self.broken: ChannelError | None = None if relay else RelayGone("the relay of this move has ended")
+        self.messages: dict[str, Mapping[str, Any]] = {}
+        self.relay_status: Mapping[str, Any] = {}
+        self.cancel_asked = False
+        self.abort_asked = False
+        self.commit_asked = False
+        self.answer: Answer | None = None
+
+    async def start(self) -> None:
+        """Look once, then go on looking."""
+        events = self._vm.events()
+        await self._look()
+        self._tasks.append(asyncio.create_task(self._watch_events(events)))
+        self._tasks.append(asyncio.create_task(self._poll()))
+        if self._relay is not None:
+            self._tasks.append(asyncio.create_task(self._watch_relay(self._relay)))
+
+    async def close(self) -> None:
+        """Stop looking."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def touch(self) -> None:
+        """Say that a fact was set from outside."""
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait until ``condition`` holds, at most ``timeout`` seconds; whether it does."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while not condition():
+                    self._changed.clear()
+                    await self._changed.wait()
+        return condition()
+
+    async def send(self, kind: str, **members: object) -> bool:
+        """Send a control message to the other host; False when the link is gone."""
+        if self._relay is None or self.broken is not None:
+            return False
+        try:
+            await self._relay.send({"type": kind, **members})
+        except ChannelError as error:
+            self._break(error)
+            return False
+        return True
+
+    async def look_at_relay(self) -> None:
+        """Ask the relay for its counters."""
+        if self._relay is not None:
+            with contextlib.suppress(ChannelError):  # a relay that is gone keeps its last counters here
+                self.relay_status = await self._relay.status()
+
+    def _break(self, error: ChannelError) -> None:
+        if self.broken is None:
+            self.broken = error
+        self._changed.set()
+
+    async def _look(self) -> None:
+        try:
+            self.info = await self._vm.migration()
+            self.runstate = await self._vm.status()
+        except QemuGone:
+            self.qemu_gone = True
+        except HypervisorError:
+            pass  # no answer this time: what was last seen stands, and the next look is near
+        self._changed.set()
+
+    async def _poll(self) -> None:
+        while not self.qemu_gone:
+            await asyncio.sleep(_POLL_S)
+            await self._look()
+            await self.look_at_relay()
+
+    async def _watch_events(self, events: Any) -> None:
+        async for event in events:
+            if event.name in _TELLING:
+                await self._look()
+        await self._look()
+
+    async def _watch_relay(self, relay: RelayClient) -> None:
+        seen = 0
+        while self.broken is None:
+            try:
+                events = await relay.wait(after=seen, timeout=_WAIT_S)
+            except ChannelError as error:
+                self._break(error)
+                return
+            for event in events:
+                seen = max(seen, int(event["seq"]))
+                self._take(event)
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        match event["type"]:
+            case "connected":
+                self.connected = True
+            case "message":
+                message = event["message"]
+                self.messages[str(message.get("type"))] = message
+            case "broken":
+                error = from_slug(str(event["slug"]), str(event["what"]))
+                self._break(error if isinstance(error, ChannelError) else ChannelError(error.what))
+        self._changed.set()
