@@ -186,7 +186,10 @@ class Hypervisor(Protocol):
         """The host's CPU in words, for capabilities."""
 
     async def accelerators(self) -> tuple[Accelerator, ...]:
-        """The accelerators that have just run a virtual CPU and that this host's configuration allows; best first."""
+        """The accelerators that this host's configuration allows and that really ran a virtual CPU; best first.
+
+        Probed once for each installed binary: up to 2 s for one that hangs.
+        """
 
     async def freeze(self, config: VmConfig) -> HardwareRecord:
         """The hardware record a start of ``config`` on this host would have now.

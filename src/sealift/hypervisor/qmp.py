@@ -62,7 +62,7 @@ class Qmp:
     def __init__(self, path: Path, process: ProcessRef, name: str) -> None:
         self._path = path
         self._process = process
-        self._name = name
+        self.name = name
         self._client: QMPClient | None = None
         self._up = asyncio.Event()
         self._ended = asyncio.Event()
@@ -92,7 +92,7 @@ class Qmp:
         return qmp
 
     @property
-    def greeting_version(self) -> str:
+    def version(self) -> str:
         """The version of the running QEMU, e.g. ``7.2.22``: the installed one may be another by now."""
         greeting = self._client.greeting if self._client else None
         numbers = greeting.QMP.version.get("qemu") if greeting else None
@@ -114,7 +114,7 @@ class Qmp:
                 pid, _, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
                 if pid != self._process.pid:
                     raise HypervisorError(
-                        f"{self._path} is served by process {pid}, not by VM {self._name}'s {self._process.pid}"
+                        f"{self._path} is served by process {pid}, not by VM {self.name}'s {self._process.pid}"
                     )
                 client = QMPClient()
                 client.logger = _quiet
@@ -162,7 +162,7 @@ class Qmp:
             queue.put_nowait(None)
 
     def _gone(self) -> QemuGone:
-        return QemuGone(f"the QEMU of VM {self._name} (pid {self._process.pid}) has ended")
+        return QemuGone(f"the QEMU of VM {self.name} (pid {self._process.pid}) has ended")
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None, timeout: float = 10) -> object:
         """Carry out one command; its ``return`` value.
@@ -180,26 +180,26 @@ class Qmp:
                     try:
                         return await self._client.execute(command, arguments)
                     except ExecuteError as error:
-                        raise QmpRefused(f"QEMU of VM {self._name} refused {command}: {error}") from None
+                        raise QmpRefused(f"QEMU of VM {self.name} refused {command}: {error}") from None
                     except StateError:
                         self._up.clear()  # not sent; the keeper has not noticed yet
                     except (ExecInterruptedError, QMPError):
                         if not await self._process.wait_exit(0.2) and not command.startswith("query-"):
                             raise QmpTimeout(
-                                f"the connection to QEMU of VM {self._name} broke before it answered {command}"
+                                f"the connection to QEMU of VM {self.name} broke before it answered {command}"
                             ) from None
                     if not self._process.alive():
                         raise self._gone()
         except TimeoutError:
             if not self._process.alive():
                 raise self._gone() from None
-            raise QmpTimeout(f"QEMU of VM {self._name} did not answer {command} within {timeout:g} s") from None
+            raise QmpTimeout(f"QEMU of VM {self.name} did not answer {command} within {timeout:g} s") from None
 
     async def query(self, command: str, timeout: float = 10) -> dict[str, object]:
         """A command that answers with an object."""
         answer = await self.execute(command, timeout=timeout)
         if not isinstance(answer, dict):
-            raise HypervisorError(f"QEMU of VM {self._name} answered {command} with something else than an object")
+            raise HypervisorError(f"QEMU of VM {self.name} answered {command} with something else than an object")
         return answer
 
     def _publish(self, event: QmpEvent) -> None:
@@ -240,5 +240,7 @@ class Qmp:
         if self._client is not None:
             await self._drop(self._client)
             self._client = None
-        self._end = self._end or HypervisorError(f"the handle on VM {self._name} was closed")
+        if self._end is None:
+            closed = HypervisorError(f"the handle on VM {self.name} was closed")
+            self._end = closed if self._process.alive() else self._gone()
         self._finish()
