@@ -86,7 +86,14 @@ def _splitmix(x: int) -> int:
 
 
 def command_line(
-    secret: bytes, *, memory_mb: int = 32, dirty_mb_s: int = 0, hot_mb: int = 0, tick_ms: int = 50, disk: bool = False
+    secret: bytes,
+    *,
+    memory_mb: int = 32,
+    dirty_mb_s: int = 0,
+    hot_mb: int = 0,
+    check_mb_s: int = 32,
+    tick_ms: int = 50,
+    disk: bool = False,
 ) -> str:
     """The kernel command line for the guest; ``secret`` is 1 to 64 bytes and no secret of Sealift's.
 
@@ -94,8 +101,8 @@ def command_line(
     """
     if not 1 <= len(secret) <= 64:
         raise InvalidInput(f"the guest's secret has {len(secret)} bytes", todo="give 1 to 64")
-    words = [CONSOLE, f"sl.secret={secret.hex()}", f"sl.mem={memory_mb}", f"sl.dirty={dirty_mb_s}"]
-    return " ".join([*words, f"sl.hot={hot_mb}", f"sl.tick={tick_ms}", f"sl.disk={int(disk)}"])
+    words = [CONSOLE, f"sl.secret={secret.hex()}", f"sl.mem={memory_mb}", f"sl.dirty={dirty_mb_s}", f"sl.hot={hot_mb}"]
+    return " ".join([*words, f"sl.check={check_mb_s}", f"sl.tick={tick_ms}", f"sl.disk={int(disk)}"])
 
 
 def prepare(cache: Path, say: Callable[[str], None] = lambda line: None) -> GuestImage:

@@ -1,0 +1,3 @@
+"""Fixtures that every test can ask for by name."""
+
+pytest_plugins = ("support.guest",)
