@@ -1,1 +1,1 @@
-"""One agent per host: takes the controllers' orders, drives QEMU and the relays, and never decides what it cannot know."""
+"""One agent per host: takes orders, drives QEMU and the relays, never decides what it cannot know."""

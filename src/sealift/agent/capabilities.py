@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 import sealift
 from sealift.agent.settings import AgentSettings
-from sealift.channel.protocol import VERSION
-from sealift.channel.selftest import self_test
+from sealift.channel import selftest
+from sealift.channel.protocol import CHANNEL_VERSION
 from sealift.domain.host import HostCapabilities
 from sealift.errors import SelfTestFailed
 from sealift.hypervisor.base import Hypervisor
@@ -34,7 +34,7 @@ def cipher_facts(*, enabled: bool) -> CipherFacts:
     """Run the known-answer test and a short measurement; a failed test makes the host incapable, not the agent dead."""
     refusal = "" if enabled else "sealed_channel is false in the agent's configuration"
     try:
-        self_test()
+        selftest.run()
     except SelfTestFailed as error:
         refusal = str(error)
     return CipherFacts(refusal, _cpu_has_aes(), _measure())
@@ -50,7 +50,7 @@ async def capabilities(
         agent_version=sealift.__version__,
         sealed_channel=not cipher.refusal,
         sealed_channel_reason=cipher.refusal,
-        channel_versions=() if cipher.refusal else (VERSION,),
+        channel_versions=() if cipher.refusal else (CHANNEL_VERSION,),
         aes_instructions=cipher.aes_instructions,
         aes_gcm_gb_per_s=cipher.gb_per_s,
         qemu_version=await hypervisor.version(),

@@ -13,8 +13,8 @@ filled in order, each one
     38      442   zero
     480     32    SHA-256 over bytes 0-479
 
-An empty slot is all zero. A slot that is neither empty nor whole is a torn write of the last mark: it never took effect,
-because every effect waits for the write to return, so it reads as absent.
+An empty slot is all zero. A slot that is neither empty nor whole is a torn write of the last mark: it never took
+effect, because every effect waits for the write to return, so it reads as absent.
 """
 
 from __future__ import annotations

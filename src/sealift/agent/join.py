@@ -139,9 +139,7 @@ def _host_key(path: Path) -> ec.EllipticCurvePrivateKey:
         assert isinstance(found, ec.EllipticCurvePrivateKey)
         return found
     key = ec.generate_private_key(ec.SECP256R1())
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     store(path, pem.decode())
     return key
 

@@ -27,8 +27,8 @@ CREATE TABLE vm (
     wanted INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE move (
-    attempt TEXT NOT NULL, role TEXT NOT NULL, vm TEXT NOT NULL, state TEXT NOT NULL, "order" TEXT, status TEXT NOT NULL,
-    directory TEXT NOT NULL, process TEXT, PRIMARY KEY (attempt, role)
+    attempt TEXT NOT NULL, role TEXT NOT NULL, vm TEXT NOT NULL, state TEXT NOT NULL, "order" TEXT NOT NULL,
+    status TEXT NOT NULL, directory TEXT NOT NULL, process TEXT, PRIMARY KEY (attempt, role)
 );
 CREATE TABLE fence (vm TEXT PRIMARY KEY, fence INTEGER NOT NULL);
 CREATE TABLE refused_attempt (attempt TEXT PRIMARY KEY);

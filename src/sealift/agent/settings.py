@@ -1,14 +1,14 @@
 """The agent's configuration: one TOML file, every key optional, unknown keys refused by name.
 
-    name = "host-a"                       # default: the machine's host name
-    listen = "0.0.0.0:7420"               # controllers call here
-    migration_listen = "0.0.0.0:7421"     # the doorman: other hosts' moves
-    address = "host-a:7420"               # what controllers are told to call; default: name and port of `listen`
-    migration_address = "10.0.0.1:7421"   # what other hosts are told to call; default: as `address`, doorman's port
-    accelerator = "auto"                  # kvm, tcg or auto
-    sealed_channel = true                 # false: this host says that it cannot seal moves
-    qemu = "qemu-system-x86_64"
-    run_directory = "/run/sealift"
+name = "host-a"                       # default: the machine's host name
+listen = "0.0.0.0:7420"               # controllers call here
+migration_listen = "0.0.0.0:7421"     # the doorman: other hosts' moves
+address = "host-a:7420"               # what controllers are told to call; default: name and port of `listen`
+migration_address = "10.0.0.1:7421"   # what other hosts are told to call; default: as `address`, doorman's port
+accelerator = "auto"                  # kvm, tcg or auto
+sealed_channel = true                 # false: this host says that it cannot seal moves
+qemu = "qemu-system-x86_64"
+run_directory = "/run/sealift"
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from sealift.channel.relay_spec import split_address
 from sealift.domain.vm import Accelerator, check_name
 from sealift.errors import InvalidInput
 
@@ -27,8 +28,8 @@ class AgentSettings:
 
     name: str
     state_directory: Path
-    listen: str = "0.0.0.0:7420"  # noqa: S104 - controllers call from elsewhere; only their certificates are let in
-    migration_listen: str = "0.0.0.0:7421"  # noqa: S104 - other hosts' relays call here
+    listen: str = "0.0.0.0:7420"
+    migration_listen: str = "0.0.0.0:7421"
     address: str = ""
     migration_address: str = ""
     accelerator: Accelerator = Accelerator.AUTO
@@ -51,14 +52,6 @@ class AgentSettings:
     @property
     def doors(self) -> Path:
         return self.run_directory / "doors"
-
-
-def split_address(text: str) -> tuple[str, int]:
-    """``host:port`` as a pair, IPv6 hosts in brackets; raises InvalidInput."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
-        raise InvalidInput(f"'{text}' is not an address", todo="write it as host:port")
-    return host.strip("[]"), int(port)
 
 
 def parse_settings(text: str, *, hostname: str, state_directory: Path) -> AgentSettings:

@@ -13,6 +13,7 @@ from sealift.agent.commitlog import Mark
 from sealift.agent.move import Move
 from sealift.domain.move import Answer, MoveState
 from sealift.errors import (
+    HypervisorError,
     MigrationCancelled,
     MigrationFailed,
     OutcomeUnknown,
@@ -23,15 +24,24 @@ from sealift.errors import (
     VmCrashed,
 )
 
-_CONNECT_S = 15
+_CONNECT_S = 15.0
 _RETRY_S = 1.0
+_SETTLE_S = 0.1
+_HANDED_OVER_S = 0.002
+_HANDED_OVER = frozenset({"finish-migrate", "postmigrate"})
 
 
 class SourceMove(Move):
     """One attempt, as the source. ``run`` goes from wherever the facts stand to a final state."""
 
     async def run(self) -> None:
-        """Never raises: how it ended is in ``status``."""
+        """Never raises a SealiftError: how it ended is in ``status``."""
+        if self.log.last is Mark.RELEASED:  # the agent was restarted between the mark and the end
+            await self.finish(MoveState.DONE)
+            return
+        if self.log.last is Mark.ABORTED and self._completed():
+            await self._take_back()
+            return
         try:
             await self._copy_and_switch()
         except SealiftError as failure:
@@ -39,19 +49,25 @@ class SourceMove(Move):
                 return
         await self._commit()
 
+    def _completed(self) -> bool:
+        """The hinge. The runstate belongs to it: a VM that came in by migration says ``completed`` too, running."""
+        return self.watch.info.status == "completed" and self.watch.runstate in _HANDED_OVER
+
     async def _copy_and_switch(self) -> None:
         """Return when QEMU says ``completed``; raise for every other end."""
         watch = self.watch
-        if watch.info.status == "none":
+        if not self.recovered:
             await self._begin()
-        while True:
+        elif self.status.state is MoveState.PREPARING:
+            raise MigrationFailed("the agent was restarted before the migration began")
+        while not self._completed():
             status = watch.info.status
             if watch.qemu_gone:
                 raise QemuGone(f"the QEMU of VM {self.order.vm_name} on {self.order.source_name} has ended")
-            if status == "completed":
-                return
-            if status in ("failed", "cancelled"):
+            if status in ("none", "failed", "cancelled"):
                 raise watch.broken or MigrationFailed(f"QEMU ended the migration: {watch.info.error or status}")
+            if status == "completed" and watch.runstate == "running":
+                raise MigrationFailed("the agent was restarted before the migration began")
             if watch.broken is not None:
                 raise watch.broken
             if watch.cancel_asked or watch.abort_asked:
@@ -61,24 +77,22 @@ class SourceMove(Move):
                 raise MigrationFailed(f"{self.order.target_name} gave up: {reason}")
             if status == "pre-switchover":
                 await self._switch_over()
-            elif self.status.state is not MoveState.SWITCHOVER and status in ("setup", "active"):
-                self.note(MoveState.PRECOPY)
             await watch.until(lambda seen=status: self._news(seen))  # type: ignore[misc]
 
     def _news(self, seen: str) -> bool:
         watch = self.watch
         self.progress(watch.info.progress)
-        asked = watch.cancel_asked or watch.abort_asked
-        return watch.qemu_gone or watch.broken is not None or asked or watch.info.status != seen
+        asked = watch.cancel_asked or watch.abort_asked or "ABORTED" in watch.messages
+        return watch.qemu_gone or watch.broken is not None or asked or watch.info.status != seen or self._completed()
 
     async def _begin(self) -> None:
         watch = self.watch
-        if self.recovered:
-            raise MigrationFailed("the agent was restarted before the migration began")
-        ready = await watch.until(lambda: watch.connected or watch.broken is not None or watch.cancel_asked, _CONNECT_S)
+        ready = await watch.until(
+            lambda: watch.connected or watch.broken is not None or watch.cancel_asked or watch.abort_asked, _CONNECT_S
+        )
         if watch.broken is not None:
             raise watch.broken
-        if watch.cancel_asked:
+        if watch.cancel_asked or watch.abort_asked:
             raise MigrationCancelled("the migration was cancelled")
         if not ready:
             raise PeerUnreachable(
@@ -86,25 +100,25 @@ class SourceMove(Move):
                 todo="check the migration address and the firewall between the hosts",
             )
         await self.vm.configure_source(self.order.options)
+        self.note(MoveState.PRECOPY)
         await self.vm.migrate(self.directory / "migrate.sock")
-        await watch.until(lambda: watch.info.status != "none")
+        await watch.look()  # what was seen before belongs to an earlier migration
 
     async def _switch_over(self) -> None:
         """The guest has stopped. LET_GO is durable before device state leaves, so COMMIT can never overtake it."""
         stopped = self.vm.last_event("STOP")
-        self.note(MoveState.SWITCHOVER, stopped_at=stopped.time if stopped else None)
         await asyncio.to_thread(self.log.write, Mark.LET_GO, self.now())
         await self.vm.continue_switchover()
+        self.note(MoveState.SWITCHOVER, stopped_at=stopped.time if stopped else None)
 
     async def _keep(self, failure: SealiftError) -> bool:
         """Settle a failed attempt with the guest here; False when QEMU completed meanwhile and the way is forward."""
         try:
-            info = await self._cancel_qemu()
+            if not await self._cancel_qemu():
+                return False
         except QemuGone:
             await self._lost()
             return True
-        if info == "completed":
-            return False
         cancelled = self.watch.cancel_asked or self.watch.abort_asked
         if self.log.last is Mark.LET_GO:
             await asyncio.to_thread(self.log.write, Mark.ABORTED, self.now())
@@ -114,20 +128,23 @@ class SourceMove(Move):
         await self.finish(MoveState.CANCELLED if cancelled else MoveState.FAILED, failure)
         return True
 
-    async def _cancel_qemu(self) -> str:
-        """Cancel and wait until the guest runs here again; QEMU's last word. Raises QemuGone."""
+    async def _cancel_qemu(self) -> bool:
+        """Cancel, and wait until the guest runs here again; False when QEMU completed instead. Raises QemuGone."""
         while True:
             try:
-                info = await self.vm.cancel()
-                if info.status == "completed":
-                    return info.status
-                if await self.vm.status() == "running":
-                    if self.status.stopped_at is not None:
+                await self.vm.cancel()
+                runstate = await self.vm.status()
+                if runstate == "running":
+                    if self.status.stopped_at is not None or self.log.last is Mark.LET_GO:
                         await self.vm.announce()
-                    return info.status
-            except QmpTimeout as error:
+                    return True
+                if runstate == "postmigrate":
+                    return False
+            except QemuGone:
+                raise
+            except HypervisorError as error:
                 self.note(self.status.state, error=error)
-            await asyncio.sleep(_RETRY_S / 10)
+            await asyncio.sleep(_SETTLE_S)
 
     async def _lost(self) -> None:
         name, here = self.order.vm_name, self.order.source_name
@@ -149,15 +166,17 @@ class SourceMove(Move):
     async def _commit(self) -> None:
         """QEMU completed: hand over until the target has answered. Nobody gives up here."""
         watch = self.watch
+        await self._handed_over()
+        await watch.send("COMMIT", attempt=str(self.order.attempt), fence=self.order.fence)
         self.note(MoveState.COMMITTING)
-        if await self.runstate_settled():
-            await watch.send("COMMIT", attempt=str(self.order.attempt), fence=self.order.fence)
         while (answer := self._answer()) is None:
             if watch.broken is not None:
                 self.note(MoveState.AWAITING_ANSWER, error=watch.broken)
             await watch.until(
-                lambda: self._answer() is not None
-                or (watch.broken is not None and self.status.state is not MoveState.AWAITING_ANSWER)
+                lambda: (
+                    self._answer() is not None
+                    or (watch.broken is not None and self.status.state is not MoveState.AWAITING_ANSWER)
+                )
             )
         if answer is Answer.RUNNING:
             await asyncio.to_thread(self.log.write, Mark.RELEASED, self.now())
@@ -197,8 +216,15 @@ class SourceMove(Move):
             VmCrashed(f"VM {self.order.vm_name}: its QEMU on {here} ended", todo=f"start it again on {here}"),
         )
 
-    async def runstate_settled(self) -> bool:
-        """Wait for ``postmigrate`` after ``completed``; False when QEMU is gone, in which case only asking remains."""
-        watch = self.watch
-        await watch.until(lambda: watch.runstate == "postmigrate" or watch.qemu_gone)
-        return not watch.qemu_gone
+    async def _handed_over(self) -> None:
+        """Wait for ``postmigrate``, which follows ``completed`` at once and without an event."""
+        try:
+            while await self.vm.status() != "postmigrate":  # noqa: ASYNC110 - QEMU tells it by no event
+                await asyncio.sleep(_HANDED_OVER_S)
+        except QemuGone:
+            return  # past it; only the target's answer matters now
+
+    async def settle(self, state: MoveState) -> None:
+        """The VM runs elsewhere: its QEMU here ends only now."""
+        if state is MoveState.DONE:
+            await self.vms.let_go(self.order.vm)

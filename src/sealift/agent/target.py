@@ -39,7 +39,7 @@ class TargetMove(Move):
             except SealiftError as failure:
                 await self._abort(failure)
                 return
-        if self.log.last is Mark.ABORTED:  # the agent was restarted between the mark and the end
+        if self.log.last in (Mark.ABORTED, Mark.REVOKED):  # the agent was restarted between the mark and the end
             await self._abort(MigrationFailed("the migration was aborted"))
             return
         await self._take_over()
@@ -58,8 +58,8 @@ class TargetMove(Move):
             await watch.until(lambda: self._complete() or self._stopped())
         if self.log.last is None:
             await asyncio.to_thread(self.log.write, Mark.READY, self.now())
-        self.note(MoveState.READY)
         await watch.send("READY")
+        self.note(MoveState.READY)
 
     def _complete(self) -> bool:
         return self.watch.info.status == "completed" and self.watch.runstate == "paused"
@@ -87,11 +87,13 @@ class TargetMove(Move):
         while not (watch.commit_asked or self._commit_received()):
             self._check(receiving=False)
             await watch.until(
-                lambda: watch.commit_asked
-                or self._commit_received()
-                or watch.abort_asked
-                or "ABORT" in watch.messages
-                or watch.qemu_gone
+                lambda: (
+                    watch.commit_asked
+                    or self._commit_received()
+                    or watch.abort_asked
+                    or "ABORT" in watch.messages
+                    or watch.qemu_gone
+                )
             )
 
     def _commit_received(self) -> bool:
@@ -100,14 +102,14 @@ class TargetMove(Move):
 
     async def _take_over(self) -> None:
         """COMMITTED is written first; from then on the VM is this host's whatever happens."""
-        self.note(MoveState.COMMITTING)
         if self.log.last is not Mark.COMMITTED:
             await asyncio.to_thread(self.log.write, Mark.COMMITTED, self.now())
-        self.vms.take_in(self.order.hardware, self.vm)
         try:
             await self._let_run()
+            self.vms.take_in(self.order.hardware, self.vm)
         except QemuGone:
             # Ours, and gone: the source must release all the same, or the VM would belong to nobody.
+            self.vms.take_in(self.order.hardware, self.vm)
             await self._tell(Answer.RUNNING)
             where = self.order.target_name
             lost = VmCrashed(f"VM {self.order.vm_name}: its QEMU on {where} ended", todo=f"start it again on {where}")
@@ -135,14 +137,13 @@ class TargetMove(Move):
         """``cont`` itself was refused and the guest never ran: with its QEMU dead the source may have it back."""
         await self.vm.kill()
         await asyncio.to_thread(self.log.write, Mark.REVOKED, self.now())
-        await self.vms.let_go(self.order.vm)
         await self._tell(Answer.ABORTED, reason=failure.what)
         await self.finish(MoveState.FAILED, failure)
 
     async def _abort(self, failure: SealiftError) -> None:
         """Leave nothing here, then say so."""
         await self.vm.kill()
-        if self.log.last is not Mark.ABORTED:
+        if self.log.last not in (Mark.ABORTED, Mark.REVOKED):
             await asyncio.to_thread(self.log.write, Mark.ABORTED, self.now())
         await self._tell(Answer.ABORTED, reason=failure.what)
         if not isinstance(failure, MigrationFailed):
@@ -159,5 +160,6 @@ class TargetMove(Move):
         """Raises Conflict when the VM is this host's already."""
         if self.log.last is Mark.COMMITTED:
             raise Conflict(
-                f"VM {self.order.vm_name} was committed to {self.order.target_name}", todo="it runs there; nothing to abort"
+                f"VM {self.order.vm_name} was committed to {self.order.target_name}",
+                todo="it runs there; nothing to abort",
             )

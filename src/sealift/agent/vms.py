@@ -19,7 +19,7 @@ from sealift.hypervisor.base import Hypervisor, Vm, VmPaths
 
 log = structlog.get_logger()
 
-_POWERDOWN_S = 60
+_POWERDOWN_S = 45
 _STATES = {
     "running": VmState.RUNNING,
     "inmigrate": VmState.INCOMING,
@@ -116,11 +116,12 @@ class Vms:
         for row in self._rows.values():
             if row.config.name == config.name:
                 raise AlreadyExists(f"host {self._settings.name} has a VM named {config.name} already")
-        self._check_files(config)
+        self.check_files(config)
         self._put(VmRow(config))
         return await self.status(config.uuid)
 
-    def _check_files(self, config: VmConfig) -> None:
+    def check_files(self, config: VmConfig) -> None:
+        """Raises NotFound for a file that the VM needs and this host cannot read."""
         wanted = [disk.path for disk in config.disks]
         if config.boot:
             wanted += [path for path in (config.boot.kernel, config.boot.initrd) if path]
@@ -145,7 +146,7 @@ class Vms:
             if state not in (VmState.STOPPED, VmState.CRASHED):
                 raise Conflict(f"VM {row.config.name} is {state.value} on {self._settings.name}")
             await self._end(vm)  # a guest that powered off leaves its QEMU behind
-            self._check_files(row.config)
+            self.check_files(row.config)
             record = await self._hypervisor.freeze(row.config)
             self._put(replace(row, hardware=record, process=None, wanted=True))
             handle = await self._hypervisor.start(record, self.paths(vm))
@@ -155,7 +156,7 @@ class Vms:
             return await self.status(vm)
 
     async def stop(self, vm: UUID, *, force: bool) -> VmStatus:
-        """Ask the guest to power off and wait up to a minute, or with ``force`` end its QEMU; raises Conflict."""
+        """Ask the guest to power off and wait for it, or with ``force`` end its QEMU; raises Conflict."""
         async with self._lock(vm):
             row = self.row(vm)
             self._refuse_busy(vm, row)
@@ -178,11 +179,11 @@ class Vms:
             self._journal.drop_vm(vm)
             del self._rows[vm]
 
-    def take_in(self, hardware: HardwareRecord, handle: Vm) -> None:
-        """The VM of a committed move is this host's from now on."""
-        vm = hardware.config.uuid
-        self._handles[vm] = handle
-        self._put(VmRow(hardware.config, hardware, handle.process, wanted=True))
+    def take_in(self, hardware: HardwareRecord, handle: Vm | None) -> None:
+        """The VM of a committed move is this host's from now on; without a handle its QEMU is gone already."""
+        if handle is not None:
+            self._handles[hardware.config.uuid] = handle
+        self._put(VmRow(hardware.config, hardware, handle.process if handle else None, wanted=True))
 
     async def let_go(self, vm: UUID) -> None:
         """The VM runs elsewhere: end its QEMU here and forget it. The commit log stays and refuses a start."""
@@ -195,7 +196,6 @@ class Vms:
         if handle is not None:
             await handle.quit()
             await handle.close()
-        remove_sockets(self.paths(vm))
         if vm in self._rows and self._rows[vm].process is not None:
             self._put(replace(self._rows[vm], process=None))
 
@@ -209,14 +209,6 @@ class Vms:
     def _refuse_busy(self, vm: UUID, row: VmRow) -> None:
         if vm in self.busy:
             raise Conflict(f"VM {row.config.name} is being migrated", todo="wait, or cancel the migration")
-
-
-def remove_sockets(paths: VmPaths) -> None:
-    """Remove what a VM's process left in its socket directory."""
-    for path in (paths.qmp, paths.rescue):
-        path.unlink(missing_ok=True)
-    if paths.directory.is_dir() and not any(paths.directory.iterdir()):
-        paths.directory.rmdir()
 
 
 async def _power_down(handle: Vm, name: str) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from sealift.channel.relay_client import RelayClient
 from sealift.domain.move import Answer
 from sealift.errors import ChannelError, HypervisorError, QemuGone, RelayGone, from_slug
-from sealift.hypervisor.base import RECONNECTED, MigrationInfo, Vm
+from sealift.hypervisor.base import RECONNECTED, MigrationInfo, QmpEvent, Vm
 
 _POLL_S = 0.2
 _WAIT_S = 30.0
@@ -43,7 +43,7 @@ class Watch:
     async def start(self) -> None:
         """Look once, then go on looking."""
         events = self._vm.events()
-        await self._look()
+        await self.look()
         self._tasks.append(asyncio.create_task(self._watch_events(events)))
         self._tasks.append(asyncio.create_task(self._poll()))
         if self._relay is not None:
@@ -90,7 +90,8 @@ class Watch:
             self.broken = error
         self._changed.set()
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """Ask QEMU now."""
         try:
             self.info = await self._vm.migration()
             self.runstate = await self._vm.status()
@@ -103,14 +104,14 @@ class Watch:
     async def _poll(self) -> None:
         while not self.qemu_gone:
             await asyncio.sleep(_POLL_S)
-            await self._look()
+            await self.look()
             await self.look_at_relay()
 
-    async def _watch_events(self, events: Any) -> None:
+    async def _watch_events(self, events: AsyncIterator[QmpEvent]) -> None:
         async for event in events:
             if event.name in _TELLING:
-                await self._look()
-        await self._look()
+                await self.look()
+        await self.look()
 
     async def _watch_relay(self, relay: RelayClient) -> None:
         seen = 0

@@ -1,0 +1,109 @@
+"""Composition root of the agent: `sealift agent join` and `sealift agent run`."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from sealift.agent.app import Agent, make_app
+from sealift.agent.capabilities import cipher_facts
+from sealift.agent.join import Identity, join, load_identity
+from sealift.agent.journal import Journal
+from sealift.agent.moves import Moves
+from sealift.agent.settings import AgentSettings
+from sealift.agent.vms import Vms
+from sealift.channel.relay_client import start_doorman
+from sealift.channel.relay_spec import split_address
+from sealift.domain.token import parse_token
+from sealift.errors import Conflict
+from sealift.hypervisor.qemu import QemuHypervisor
+from sealift.process import forbid_dumps
+
+log = structlog.get_logger()
+
+
+def join_controller(url: str, token: str, settings: AgentSettings) -> Identity:
+    """Join; raises what ``agent.join.join`` raises, and TokenInvalid for something that is no token."""
+    return asyncio.run(join(url, parse_token(token), settings))
+
+
+def run(settings: AgentSettings) -> None:
+    """Serve until SIGTERM or SIGINT; raises Conflict when not joined, or when an agent runs already.
+
+    Running VMs and moves go on when this returns, and when it is killed.
+    """
+    identity = load_identity(settings.identity)
+    for directory in (settings.run_directory, settings.doors, settings.run_directory / "moves"):
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (settings.state_directory / "agent.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(f"an agent already runs on {settings.state_directory}") from None
+        forbid_dumps()
+        asyncio.run(_serve(settings, identity))
+
+
+async def _serve(settings: AgentSettings, identity: Identity) -> None:
+    await _keep_doorman(settings)
+    async with _agent(settings, identity) as agent:
+        host, port = split_address(settings.listen)
+        config = uvicorn.Config(
+            make_app(agent),
+            host=host,
+            port=port,
+            ssl_context_factory=lambda _config, _default: identity.server_context(),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
+        log.info("agent.started", host=settings.name, listen=settings.listen, doorman=settings.migration_listen)
+        await uvicorn.Server(config).serve()
+
+
+@asynccontextmanager
+async def _agent(settings: AgentSettings, identity: Identity) -> AsyncIterator[Agent]:
+    """The agent's parts, with everything found again that an earlier one left running."""
+    cipher = await asyncio.to_thread(lambda: cipher_facts(enabled=settings.sealed_channel))
+    hypervisor = QemuHypervisor(settings.qemu, settings.accelerator)
+    journal = Journal(settings.database)
+    vms = Vms(settings, journal, hypervisor)
+    moves = Moves(settings, identity.host, journal, hypervisor, vms, can_seal=not cipher.refusal)
+    try:
+        await vms.adopt()
+        await moves.recover()
+        yield Agent(settings, identity, cipher, hypervisor, journal, vms, moves)
+    finally:
+        await moves.close()
+        await vms.close()
+        journal.close()
+
+
+async def _keep_doorman(settings: AgentSettings) -> None:
+    """Start the doorman unless one that an earlier agent started still holds its lock."""
+    lock = settings.run_directory / "doorman.lock"
+    if _locked(lock):
+        return
+    pid, port = await start_doorman(
+        settings.migration_listen, str(settings.doors), str(lock), str(settings.state_directory / "doorman.log")
+    )
+    log.info("doorman.started", pid=pid, port=port)
+
+
+def _locked(path: Path) -> bool:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
