@@ -16,7 +16,7 @@
     ├── ChannelError                                                    the sealed channel
     │   ├── PrefaceInvalid, HandshakeFailed, EpochStale, ChannelUnexpected, OpenMissing
     │   ├── RecordForged, RecordOversize, RecordUnexpected, StreamTruncated, SequenceExhausted
-    │   └── PeerSilent, PeerClosed, PeerUnreachable, LocalPeerRefused, LocalClosed, RelayGone
+    │   └── PeerSilent, PeerClosed, PeerUnreachable, LocalPeerRefused, LocalClosed, ChannelAborted, RelayGone
     ├── ToolMissing                                                     a program or package the demonstration needs
     ├── SelfTestFailed                                                  the cipher here computes something else
     ├── MemoryUnprotected                                               dumps of a process with keys are not forbidden
@@ -334,6 +334,12 @@ class LocalClosed(ChannelError):
     """The process whose stream a channel carries closed its socket before all of the stream was handed over."""
 
     slug = "local_closed"
+
+
+class ChannelAborted(ChannelError):
+    """The move's channels were closed by order of this host's agent."""
+
+    slug = "channel_aborted"
 
 
 class RelayGone(ChannelError):

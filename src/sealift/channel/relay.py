@@ -1,0 +1,37 @@
+"""The relay of a sealed move, source or target: holds the one-time key and the sockets, and nothing else."""
+
+from __future__ import annotations
+
+import socket
+
+from sealift.channel.protocol import Preface
+from sealift.channel.relay_control import EventList
+from sealift.channel.relay_ends import SourceEnd, TargetEnd
+from sealift.channel.relay_move import Move
+from sealift.channel.relay_spec import read_sealed
+from sealift.channel.sealed_wire import Handshaker
+from sealift.channel.wire import RETURN_PATH_BYTES, Wire
+
+CIPHER = "AES-256-GCM"
+
+
+def open_relay(handover: socket.socket, events: EventList) -> tuple[Move, SourceEnd | TargetEnd]:
+    """Receive the specification and bind everything; nothing is connected or accepted before ``start``.
+
+    Raises InvalidInput, LocalPeerRefused, OSError.
+    """
+    spec, secrets = read_sealed(handover)
+    move = Move(spec, events, cipher=CIPHER, wipe=secrets.wipe)
+    source = spec.role == "source"
+    shaker = Handshaker(spec.spec, secrets, initiator=source, record_bytes=spec.record_bytes)
+
+    def join(sock: socket.socket, channel: int, epoch: int, deadline: float) -> Wire:
+        return shaker.initiate(sock, spec.spec.preface(channel, epoch), spec.record_bytes, deadline)
+
+    def admit(sock: socket.socket, preface: Preface, deadline: float) -> tuple[Wire, bytes]:
+        return shaker.respond(sock, preface, RETURN_PATH_BYTES, deadline)
+
+    def check(preface: Preface, sock: socket.socket) -> None:
+        spec.spec.admit(preface)
+
+    return move, SourceEnd(move, join) if source else TargetEnd(move, admit, check=check)

@@ -1,0 +1,258 @@
+"""What a relay or splice process knows of its one move: channels, sockets, how it stands, and how it ends.
+
+However a move ends badly, the order is the same: the local sockets first, so that no QEMU is left half-dead behind a
+socket that neither moves nor closes; then the channels, with the reason; then the event. Nothing here knows whether the
+channels are sealed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from sealift.channel.control_frames import Message
+from sealift.channel.control_link import ControlLink, Outbox
+from sealift.channel.protocol import CloseReason
+from sealift.channel.relay_control import EventList
+from sealift.channel.relay_spec import RelaySpec
+from sealift.channel.tunnel import LAST_WORDS_S, Tunnel
+from sealift.channel.wire import ControlWire, Counters, DataWire, shut
+from sealift.errors import (
+    ChannelAborted,
+    LocalClosed,
+    LocalPeerRefused,
+    PeerClosed,
+    PeerSilent,
+    PeerUnreachable,
+    RecordForged,
+    RecordOversize,
+    RecordUnexpected,
+    SealiftError,
+    StreamTruncated,
+)
+
+_LAST_RECORDS_S: Final = 0.5
+"""How long senders that may be stuck behind a full socket have to say goodbye."""
+_FLUSH_S: Final = 2.0
+"""How long an orderly close waits for the peer to have taken the last message."""
+
+_REASONS: Final[list[tuple[tuple[type[SealiftError], ...], CloseReason]]] = [
+    ((ChannelAborted,), CloseReason.MOVE_ENDED),
+    ((RecordForged, RecordOversize, RecordUnexpected), CloseReason.RECORD_REFUSED),
+    ((LocalClosed, LocalPeerRefused), CloseReason.LOCAL_BROKEN),
+    ((PeerSilent,), CloseReason.PEER_SILENT),
+    ((StreamTruncated, PeerClosed, PeerUnreachable), CloseReason.OTHER_CHANNEL),
+]
+
+
+class Move:
+    """One move. Everything may be called from any thread."""
+
+    def __init__(self, spec: RelaySpec, events: EventList, *, cipher: str | None, wipe: Callable[[], None]) -> None:
+        """``wipe`` drops the move's secrets; ``cipher`` is None for a plain move."""
+        self.spec = spec
+        self.events = events
+        self.outbox = Outbox()
+        self.over = threading.Event()
+        self.connected = threading.Event()
+        self._cipher = cipher
+        self._wipe = wipe
+        self._lock = threading.Lock()
+        self._error: SealiftError | None = None
+        self._listening = False
+        self._drained = False
+        self._link: ControlLink | None = None
+        self._tunnels: dict[int, Tunnel] = {}
+        self._drained_channels: set[int] = set()
+        self._locals: list[socket.socket] = []
+        self._wires: list[socket.socket] = []
+        self._closers: list[Callable[[], None]] = []
+        self._buried = threading.Event()
+
+    # Taking part
+
+    def spawn(self, name: str, run: Callable[[], None]) -> None:
+        """Run something in a thread of its own; a defect in it fails the move instead of passing unseen."""
+
+        def guarded() -> None:
+            try:
+                run()
+            except SealiftError as error:
+                self.fail(error)
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                self.fail(SealiftError(f"a defect in the relay's {name} thread: {type(error).__name__}"))
+
+        threading.Thread(target=guarded, name=name, daemon=True).start()
+
+    def listening(self, *closers: Callable[[], None]) -> None:
+        """Everything is bound; ``closers`` undo that when the move is over."""
+        with self._lock:
+            self._closers += closers
+            self._listening = True
+
+    def hold_local(self, sock: socket.socket) -> None:
+        """Close this local socket when the move fails, and at once if it has; raises LocalClosed then."""
+        self._hold(self._locals, sock)
+
+    def hold_wire(self, sock: socket.socket) -> None:
+        """The same for a connection to the other host."""
+        self._hold(self._wires, sock)
+
+    def drop_wire(self, sock: socket.socket) -> None:
+        """A connection that came to nothing."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._wires.remove(sock)
+        sock.close()
+
+    def start_control(self, wire: ControlWire) -> None:
+        """The control channel is confirmed on both sides."""
+        link = ControlLink(wire, self.outbox, self, self.events, self.spec.silence_s)
+        with self._lock:
+            self._link = link
+        link.start()
+        self.events.add("connected")
+        self.connected.set()
+
+    def start_tunnel(self, channel: int, wire: DataWire, local: socket.socket) -> None:
+        """A data channel is confirmed and has its local socket."""
+        tunnel = Tunnel(channel, wire, local, self)
+        with self._lock:
+            self._tunnels[channel] = tunnel
+        tunnel.start()
+
+    def channel_drained(self, channel: int) -> None:
+        """Both directions of a data channel have ended in order."""
+        with self._lock:
+            self._drained_channels.add(channel)
+            if len(self._drained_channels) < self.spec.spec.channels or self._error is not None:
+                return
+            self._drained = True
+        self.events.add("drained")
+
+    # Ending
+
+    @property
+    def close_reason(self) -> CloseReason:
+        """What the peer is told of the move's end."""
+        for classes, reason in _REASONS:
+            if isinstance(self._error, classes):
+                return reason
+        return CloseReason.INTERNAL
+
+    def fail(self, error: SealiftError) -> None:
+        """End the move badly; only the first error counts. Returns when the local sockets are closed."""
+        if self._begin_end(error):
+            threading.Thread(target=self._bury, name="undertaker", daemon=True).start()
+
+    def abort(self, reason: str) -> None:
+        """End the move by order; the process stays to report."""
+        self.fail(ChannelAborted(f"the move's channels were closed by order: {reason or 'no reason was given'}"))
+
+    def close(self) -> None:
+        """End everything, in order if every data channel has drained; returns when it is done."""
+        with self._lock:
+            orderly = self._error is None and (self._drained or not self._tunnels)
+        if orderly:
+            self._flush_control()
+        self.abort("the relay was told to close")
+        self._buried.wait(_LAST_RECORDS_S + LAST_WORDS_S + 1.0)
+
+    def send(self, message: Message) -> None:
+        """Queue a message for the other host's agent; raises InvalidInput or Conflict."""
+        self.outbox.put(message)
+
+    def status(self) -> dict[str, Any]:
+        """The answer to the control socket's ``status``."""
+        with self._lock:
+            link, tunnels, error = self._link, list(self._tunnels.values()), self._error
+        total = Counters()
+        for wire in [t.wire for t in tunnels] + ([link.wire] if link else []):
+            total.add(wire.counters())
+        sealed, plain = (total, Counters()) if self._cipher else (Counters(), total)
+        return {
+            "state": self._state(),
+            "sealed_out": sealed.bytes_out,
+            "sealed_in": sealed.bytes_in,
+            "plain_out": plain.bytes_out,
+            "plain_in": plain.bytes_in,
+            "records_out": sealed.records_out,
+            "records_in": sealed.records_in,
+            "rekeys": sealed.rekeys,
+            "clock_offset_us": link.clock.offset_us if link else None,
+            "rtt_us": link.clock.round_trip_us if link else None,
+            "refused": self.events.refused,
+            "cipher": self._cipher,
+            "channels": len(tunnels),
+            "broken": {"slug": error.slug, "what": error.what} if error else None,
+        }
+
+    def _state(self) -> str:
+        with self._lock:
+            if self._error is not None:
+                return "broken"
+            if self._drained:
+                return "drained"
+            if self._tunnels:
+                return "flowing"
+            if self._link is not None:
+                return "connected"
+            return "listening" if self._listening else "starting"
+
+    def _hold(self, held: list[socket.socket], sock: socket.socket) -> None:
+        with self._lock:
+            if self._error is None:
+                held.append(sock)
+                return
+        sock.close()
+        raise LocalClosed("the move is over")
+
+    def _begin_end(self, error: SealiftError) -> bool:
+        with self._lock:
+            if self._error is not None:
+                return False
+            self._error = error
+            held = list(self._locals)
+        self.over.set()
+        for sock in held:
+            shut(sock)
+        return True
+
+    def _bury(self) -> None:
+        error = self._error
+        assert error is not None
+        with self._lock:
+            closers, self._closers = self._closers, []
+            link, tunnels, wires = self._link, list(self._tunnels.values()), list(self._wires)
+        for close in closers:
+            close()
+        self.outbox.finish(self.close_reason)
+        _wait_all([t.outward_done for t in tunnels] + ([link.outward_done] if link else []), _LAST_RECORDS_S)
+        for sock in wires:
+            shut(sock, socket.SHUT_WR)
+        self.events.add("broken", slug=error.slug, what=error.what)
+        _wait_all([t.inward_done for t in tunnels] + ([link.inward_done] if link else []), LAST_WORDS_S)
+        for sock in wires:
+            shut(sock)
+        self._wipe()
+        self._buried.set()
+
+    def _flush_control(self) -> None:
+        """Say END after everything queued, and give the peer time to take it: closing at once could reset it away."""
+        self.outbox.finish(None)
+        if self._link is not None:
+            deadline = time.monotonic() + _FLUSH_S
+            self._link.outward_done.wait(_FLUSH_S)
+            self._link.inward_done.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _wait_all(events: Iterable[threading.Event], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for event in events:
+        event.wait(max(0.0, deadline - time.monotonic()))
