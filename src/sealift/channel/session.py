@@ -73,7 +73,7 @@ class PeerEnded:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The peer's clock when it sent, the last clock of ours it had heard (0: none), how long it held that; all in us."""
+    """The peer's clock when it sent, the last clock of ours it had heard (0: none), how long it held it; all in us."""
 
     clock_us: int
     heard_us: int
