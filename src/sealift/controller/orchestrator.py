@@ -124,12 +124,10 @@ class Orchestrator:
                     log.exception("a migration met something unexpected", migration=str(migration))
                 else:
                     return
-                run.planned.set()
+                finally:
+                    run.planned.set()
                 await asyncio.sleep(pause)
                 pause, fresh = min(pause * 2, self._tools.pace.tidy_s), False
-                waiting = run
                 run = self._runs[migration] = Run(self._tools, await self._ledger.get(migration))
-                waiting.planned.set()
         finally:
-            run.planned.set()
             self._runs.pop(migration, None)
