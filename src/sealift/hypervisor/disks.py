@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 import struct
 from pathlib import Path
 
@@ -86,13 +87,16 @@ def check_image(disk: Disk) -> None:
     refers to another file.
     """
     try:
-        # Non-blocking, so that a path to a named pipe cannot hang us.
+        mode = os.stat(disk.path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise HypervisorError(f"{disk.path} is not a disk: neither a file nor a block device")
+        # Non-blocking, should it be another one by now.
         os.close(os.open(disk.path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
         if error.errno == errno.EINVAL:
             raise HypervisorError(
                 f"the file system of {disk.path} does not allow direct I/O (O_DIRECT), which migration needs",
-                todo="put the disk on another file system; tmpfs, for one, has no direct I/O",
+                todo="put the disk on another file system; tmpfs has none before Linux 6.6",
             ) from error
         raise HypervisorError(f"the disk {disk.path} cannot be opened: {error.strerror}") from error
     if disk.format == "qcow2":

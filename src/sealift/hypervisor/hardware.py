@@ -179,5 +179,6 @@ def _disk(record: HardwareRecord, bus: str, number: int, disk: Disk) -> list[str
     }
     if disk.format == "qcow2":
         image["backing"] = None
-    device = _device(record, bus, name, "virtio-blk-pci", drive=f"{name}-image", bootindex=number)
+    # Boot index 0 is taken by a kernel that is booted directly.
+    device = _device(record, bus, name, "virtio-blk-pci", drive=f"{name}-image", bootindex=number + 1)
     return ["-blockdev", json.dumps(file), "-blockdev", json.dumps(image), *device]

@@ -32,8 +32,7 @@ _FIRST_RETRY_S, _LAST_RETRY_S = 0.02, 0.5
 
 # What qemu.qmp would log is raised from here in our words.
 _quiet = logging.getLogger("sealift.hypervisor.qmp.wire")
-_quiet.propagate = False
-_quiet.addHandler(logging.NullHandler())
+_quiet.setLevel(logging.CRITICAL + 1)
 
 
 class _Feed(EventListener):
