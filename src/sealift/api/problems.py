@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from sealift.api.schemas import Finding, Problem
-from sealift.errors import Conflict, InvalidInput, NotFound, SealiftError
+from sealift.errors import Conflict, InvalidInput, NotFound, SealiftError, to_problem
 
 log = structlog.get_logger("sealift.api")
 
@@ -21,16 +21,8 @@ PROBLEM_TYPE = "application/problem+json"
 
 def problem(error: SealiftError, *, migration: UUID | None = None, findings: Sequence[Finding] = ()) -> Response:
     """An error as the answer to a request."""
-    document = Problem(
-        title=type(error).__name__,
-        status=error.status,
-        detail=error.what,
-        slug=error.slug,
-        todo=error.todo,
-        migration=migration,
-        findings=list(findings),
-    )
-    content = document.model_dump_json(exclude_defaults=True, exclude_none=True)
+    document = Problem(**to_problem(error), migration=migration, findings=list(findings))
+    content = document.model_dump_json(exclude_none=True)
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
     return Response(content, status_code=error.status, media_type=PROBLEM_TYPE, headers=headers)
 

@@ -116,7 +116,8 @@ def _source_says(certain: State, source: MoveStatus, target: Report, committed: 
 def _unanswered(source: MoveStatus, target: Report, committed: bool) -> Verdict:
     """The source let go, or cannot tell; only the target's durable answer settles it."""
     if committed:
-        return Verdict(reached=State.CLEANING, deed=Deed.TELL_RUNNING)
+        stuck = "the source has not taken in that the VM runs at the target"
+        return Verdict(reached=State.CLEANING, deed=Deed.TELL_RUNNING, stuck=stuck)
     waiting = source.state is MoveState.AWAITING_ANSWER
     reached = State.COMMITTING if waiting else None
     if not isinstance(target, MoveStatus):

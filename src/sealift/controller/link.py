@@ -132,7 +132,7 @@ class AgentLink:
     async def forget(self, attempt: UUID) -> None:
         """Drop a settled attempt; one that is not known is forgotten already."""
         try:
-            await self._send("POST", f"/v1/moves/{attempt}/forget")
+            await self._send("POST", f"/v1/moves/{attempt}/forget", timeout=LONG_ANSWER_S)
         except NotFound:
             return
 

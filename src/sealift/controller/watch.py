@@ -43,6 +43,7 @@ class Pace:
     ready_s: float = 60.0  # the target's QEMU and relay to be ready
     grace_s: float = 3.0  # a source to notice by itself that its target is out
     patience_s: float = 30.0  # a host not to answer, before the outcome is called unknown
+    again_s: float = 2.0  # before a deed that a host refused is tried again
     tidy_s: float = 30.0  # longest pause between attempts to tidy up
 
 
@@ -55,6 +56,8 @@ class Watch:
         self._cancel_sent = False
         self._stuck_since: float | None = None
         self._out_since: float | None = None
+        self._not_before = 0.0
+        self._said = ""
         self.row = row
         self.failure: SealiftError | None = None  # why it will fail, when we know better than the source
         self.cancel_requested = row.cancel_requested
@@ -111,7 +114,7 @@ class Watch:
         try:
             found = await self.link(role).move(self.attempt)
         except SealiftError as error:
-            log.info("a host did not answer", migration=str(self.row.id), role=role.value, error=str(error))
+            self._say("a host did not answer", error)
             return Absent.SILENT
         if found is None:
             return Absent.MISSING
@@ -123,7 +126,9 @@ class Watch:
 
     async def _follow(self, verdict: Verdict, source: Report, target: Report) -> None:
         if verdict.end is not None:
-            await self._settle(verdict.end, at_target=verdict.at_target)
+            nobody_asked = verdict.end is Event.SOURCE_KEPT_ON_REQUEST and not self.cancel_requested
+            end = Event.SOURCE_KEPT if nobody_asked else verdict.end
+            await self._settle(end, at_target=verdict.at_target)
             return
         events = walk(self.state, verdict.reached) if verdict.reached is not None else ()
         if events:
@@ -137,7 +142,7 @@ class Watch:
             await self._carry_cancel()
         if verdict.deed is not Deed.ABORT_SOURCE:
             self._out_since = None
-        if verdict.deed is not None:
+        if verdict.deed is not None and time.monotonic() >= self._not_before:
             await self._do(verdict.deed, target)
 
     async def _bear(self, verdict: Verdict) -> None:
@@ -189,8 +194,15 @@ class Watch:
                 case Deed.TELL_ABORTED:
                     self.source = await self.link(Role.SOURCE).answer(self.attempt, Answer.ABORTED)
         except SealiftError as error:
-            # The next look shows what became of it.
-            log.warning("a host refused", migration=str(self.row.id), deed=deed.value, error=str(error))
+            # A later look shows what became of it.
+            self._say(f"a host refused to {deed.value}", error)
+            self._not_before = time.monotonic() + self._pace.again_s
+
+    def _say(self, what: str, error: SealiftError) -> None:
+        """Log what a host answered, once for as long as it answers the same."""
+        if str(error) != self._said:
+            self._said = str(error)
+            log.warning(what, migration=str(self.row.id), vm=self.row.vm_name, error=str(error))
 
     async def _abort_source(self, target: Report) -> None:
         """After a grace, tell a source that has not noticed by itself that its target is out."""
@@ -229,7 +241,7 @@ class Watch:
             try:
                 cleared = await self.link(Role.TARGET).abort(self.attempt)
             except SealiftError as error:
-                log.warning("the target was not cleared", migration=str(self.row.id), error=str(error))
+                self._say("the target was not cleared", error)
                 if not isinstance(error, HostIdentityMismatch) and not self._impatient():
                     return
             else:
@@ -274,7 +286,7 @@ class Watch:
                     if self._hosts[role] is not None:
                         await self._tidy(role)
             except SealiftError as error:
-                log.info("leftovers at a host", migration=str(self.row.id), error=str(error))
+                self._say("an attempt is not forgotten yet", error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, self._pace.tidy_s)
                 continue

@@ -21,9 +21,6 @@ MAX_CHANNELS = 64
 HOST_CPUS = ("host", "max")
 """CPU models that stand for "whatever this machine has" under KVM."""
 
-PRESENT = frozenset({VmState.RUNNING, VmState.PAUSED, VmState.INCOMING})
-"""States in which a target holds a live copy of the VM; a definition left by an earlier move is no hindrance."""
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -71,11 +68,11 @@ def _vm(facts: Facts) -> list[Finding]:
     found = []
     if facts.same_host:
         found.append(_error(f"VM {facts.vm_name} is at that host already", "name another host"))
-    elif facts.at_target in PRESENT:
+    elif facts.at_target is not None:
         found.append(
             _error(
-                f"the target already holds VM {facts.vm_name}, {facts.at_target.value}",
-                "look at `sealift vm list`; two copies must never run",
+                f"the target already has VM {facts.vm_name}, {facts.at_target.value}",
+                "look what it is: two copies must never run",
             )
         )
     if facts.status is None:
