@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,9 @@ def test_a_vm_without_kernel_boots_from_its_first_disk(hypervisor: Hypervisor, r
     def sector(letter: bytes) -> bytes:
         return (b"\xb0" + letter + b"\xba\xf8\x03\xee\xf4\xeb\xfd").ljust(510, b"\0") + b"\x55\xaa"
 
+    def printed(bench: Bench, side: str, text: bytes) -> bool:
+        return bench.console(side) == text
+
     async def check(bench: Bench) -> None:
         for letter, format in ((b"r", "raw"), (b"q", "qcow2")):
             raw = root / f"{format}.raw"
@@ -281,7 +285,7 @@ def test_a_vm_without_kernel_boots_from_its_first_disk(hypervisor: Hypervisor, r
             disks = (Disk(str(disk), "qcow2" if format == "qcow2" else "raw"), second)
             vm = await bench.start(await bench.hypervisor.freeze(bench.config(boot=None, disks=disks)), format)
             await vm.cont_fresh()
-            await until(lambda f=format, want=letter: bench.console(f) == want, "the boot sector did not run")
+            await until(partial(printed, bench, format, letter), "the boot sector did not run")
             await vm.kill()
 
     run(check, hypervisor, root)

@@ -62,6 +62,24 @@ def test_an_end_at_once_is_an_end(tmp_path: Path) -> None:
     assert not process.alive()
 
 
+def test_a_process_lives_as_long_as_any_thread(tmp_path: Path) -> None:
+    """As a QEMU that was killed, whose first thread is gone and whose virtual CPU is not yet."""
+    code = (
+        "import ctypes, platform, threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); "
+        "ctypes.CDLL(None).syscall({'x86_64': 60, 'aarch64': 93}[platform.machine()], 0)"
+    )
+    process = spawn([sys.executable, "-I", "-c", code], log_path=tmp_path / "log")
+    try:
+        stat = Path(f"/proc/{process.pid}/stat")
+        while ") Z " not in stat.read_text():
+            assert process.alive()
+        assert process.alive()
+        assert not asyncio.run(process.wait_exit(0.05))
+    finally:
+        assert process.kill()
+        assert asyncio.run(process.wait_exit(10))
+
+
 def test_a_process_gets_what_it_is_given_and_no_more(tmp_path: Path) -> None:
     given, kept = os.pipe()
     os.set_inheritable(kept, True)  # as by a library that does not care

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -30,15 +31,25 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State letter and start time of a process, None when there is none."""
+def _start_time(pid: int) -> int | None:
+    """When a process was started, None when there is none."""
     try:
         raw = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The name, in parentheses, may hold anything; what follows its last one is fixed.
-    fields = raw[raw.rindex(b")") + 2 :].split()
-    return fields[0].decode(), int(fields[19])
+    return int(raw[raw.rindex(b")") + 2 :].split()[19])
+
+
+def _ended(pidfd: int) -> bool:
+    """Whether every thread of a process has ended.
+
+    The state letter in ``/proc`` does not tell: it is the first thread's, and others, a virtual CPU's for one, may
+    still run when that one is a zombie.
+    """
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 @dataclass(frozen=True)
@@ -52,29 +63,42 @@ class ProcessRef:
     @classmethod
     def of(cls, pid: int) -> ProcessRef:
         """The process that has this pid now; raises HypervisorError when there is none."""
-        found = _stat(pid)
+        found = _start_time(pid)
         if found is None:
             raise HypervisorError(f"there is no process {pid}")
-        return cls(pid, found[1], boot_id())
+        return cls(pid, found, boot_id())
 
-    def alive(self) -> bool:
-        """Whether it still runs; a child of ours that has ended is reaped."""
-        child = _children.get(self.pid)
-        if child is not None and child.poll() is not None:
-            _children.pop(self.pid, None)
-        found = _stat(self.pid)
-        return (
-            found is not None and found[0] not in "ZX" and found[1] == self.start_time and self.boot in ("", boot_id())
-        )
-
-    def kill(self, number: int = signal.SIGKILL) -> bool:
-        """Send a signal; False when the process was gone already."""
+    def _open(self) -> int | None:
+        """A pidfd of this very process, which the caller closes; None when it is gone."""
         try:
             pidfd = os.pidfd_open(self.pid)
         except ProcessLookupError:
+            return None
+        if _start_time(self.pid) == self.start_time and self.boot in ("", boot_id()):
+            return pidfd
+        os.close(pidfd)
+        return None
+
+    def alive(self) -> bool:
+        """Whether any of its threads still runs; a child of ours that has ended is reaped."""
+        child = _children.get(self.pid)
+        if child is not None and child.poll() is not None:
+            _children.pop(self.pid, None)
+        pidfd = self._open()
+        if pidfd is None:
             return False
         try:
-            if not self.alive():
+            return not _ended(pidfd)
+        finally:
+            os.close(pidfd)
+
+    def kill(self, number: int = signal.SIGKILL) -> bool:
+        """Send a signal; False when the process was gone already."""
+        pidfd = self._open()
+        if pidfd is None:
+            return False
+        try:
+            if _ended(pidfd):
                 return False
             signal.pidfd_send_signal(pidfd, number)
             return True
@@ -85,24 +109,19 @@ class ProcessRef:
 
     async def wait_exit(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, at most ``timeout`` seconds; whether it has. A child of ours is reaped."""
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
+        pidfd = self._open()
+        if pidfd is None:
             return True
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
+        loop.add_reader(pidfd, ended.set)
         try:
-            if not self.alive():
-                return True
-            loop.add_reader(pidfd, ended.set)
-            try:
-                async with asyncio.timeout(timeout):
-                    await ended.wait()
-            except TimeoutError:
-                pass
-            finally:
-                loop.remove_reader(pidfd)
+            async with asyncio.timeout(timeout):
+                await ended.wait()
+        except TimeoutError:
+            pass
         finally:
+            loop.remove_reader(pidfd)
             os.close(pidfd)
         return not self.alive()
 

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from weakref import WeakSet
 
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, StateError
 
@@ -55,6 +56,26 @@ class _Feed(EventListener):
         )
 
 
+class _Reader:
+    """One iteration over events; ends with the connection. Forgotten by ``Qmp`` as soon as nobody holds it."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[QmpEvent | None] = asyncio.Queue()
+
+    def put(self, event: QmpEvent | None) -> None:
+        self._queue.put_nowait(event)
+
+    def __aiter__(self) -> _Reader:
+        return self
+
+    async def __anext__(self) -> QmpEvent:
+        event = await self._queue.get()
+        if event is None:
+            self._queue.put_nowait(None)  # asked once more, it has still ended
+            raise StopAsyncIteration
+        return event
+
+
 class Qmp:
     """A kept-up QMP connection to one process. Made by ``connect``, ended by ``close``."""
 
@@ -67,7 +88,7 @@ class Qmp:
         self._ended = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._retained: deque[QmpEvent] = deque(maxlen=RETAINED_EVENTS)
-        self._readers: set[asyncio.Queue[QmpEvent | None]] = set()
+        self._readers: WeakSet[_Reader] = WeakSet()
         self._end: HypervisorError | None = None
 
     @classmethod
@@ -157,8 +178,8 @@ class Qmp:
     def _finish(self) -> None:
         self._ended.set()
         self._up.set()  # wakes those who wait, to find that it has ended
-        for queue in self._readers:
-            queue.put_nowait(None)
+        for reader in self._readers:
+            reader.put(None)
 
     def _gone(self) -> QemuGone:
         return QemuGone(f"the QEMU of VM {self.name} (pid {self._process.pid}) has ended")
@@ -203,27 +224,20 @@ class Qmp:
 
     def _publish(self, event: QmpEvent) -> None:
         self._retained.append(event)
-        for queue in self._readers:
-            queue.put_nowait(event)
+        for reader in self._readers:
+            reader.put(event)
 
     def events(self, since: float | None = None) -> AsyncIterator[QmpEvent]:
         """See ``base.Vm.events``."""
-        queue: asyncio.Queue[QmpEvent | None] = asyncio.Queue()
+        reader = _Reader()
         if since is not None:
             for event in self._retained:
                 if event.time >= since:
-                    queue.put_nowait(event)
+                    reader.put(event)
         if self._ended.is_set():
-            queue.put_nowait(None)
-        self._readers.add(queue)
-        return self._read(queue)
-
-    async def _read(self, queue: asyncio.Queue[QmpEvent | None]) -> AsyncIterator[QmpEvent]:
-        try:
-            while (event := await queue.get()) is not None:
-                yield event
-        finally:
-            self._readers.discard(queue)
+            reader.put(None)
+        self._readers.add(reader)
+        return reader
 
     def last_event(self, name: str) -> QmpEvent | None:
         """See ``base.Vm.last_event``."""
