@@ -1,0 +1,265 @@
+"""Following one migration: a live bar on a terminal, a line per phase elsewhere, and one line at the end.
+
+Ctrl-C while following: the first asks the controller to cancel (or, for an onlooker, stops following), the second stops
+following at once. Neither interrupts a request half way: the handler only counts and wakes the loop, except that the
+second one raises KeyboardInterrupt, since then nobody waits for an answer any more.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+import click
+
+from sealift.cli import quantities
+from sealift.cli.output import Output, clean
+from sealift.errors import (
+    ControllerUnreachable,
+    MigrationCancelled,
+    MigrationFailed,
+    OutcomeUnknown,
+    PlanRefused,
+    SealiftError,
+    VmCrashed,
+)
+
+if TYPE_CHECKING:
+    from sealift.api.schemas import Migration
+    from sealift.client import Client
+
+POLL_S = 0.3
+UNSETTLED_S = 10.0
+"""How long an outcome may be unknown before we stop waiting for it to be settled."""
+
+DETACHED = 130
+"""Exit code when Ctrl-C ended the following, not the migration."""
+
+ENDS: dict[str, type[SealiftError]] = {
+    "refused": PlanRefused,
+    "failed": MigrationFailed,
+    "cancelled": MigrationCancelled,
+    "crashed": VmCrashed,
+    "outcome_unknown": OutcomeUnknown,
+}
+"""The error that each end other than done is shown as, and exits with."""
+
+
+class Interrupts:
+    """Counts Ctrl-C while it is entered; the second one raises KeyboardInterrupt."""
+
+    def __enter__(self) -> Interrupts:
+        self.count = 0
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._before = signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        os.write(self._writer, b"\0")
+        if self.count > 1:
+            raise KeyboardInterrupt
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until Ctrl-C."""
+        if select.select([self._reader], [], [], seconds)[0]:
+            os.read(self._reader, 64)
+
+
+class View(Protocol):
+    """Shows a migration while it runs."""
+
+    def show(self, now: Migration) -> None:
+        """It stands like this now."""
+
+    def note(self, text: str) -> None:
+        """Something to tell between."""
+
+    def close(self) -> None:
+        """No more."""
+
+
+class Silence:
+    """For scripts that wait for the record."""
+
+    def show(self, now: Migration) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """On standard error, where it is in nobody's way."""
+        click.echo(f"sealift: {clean(text)}", err=True)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Lines:
+    """A line for each phase, for what is not a terminal."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+
+    def show(self, now: Migration) -> None:
+        """Print the phases not printed yet."""
+        for phase in now.phases[self._shown :]:
+            after = (phase.at - now.phases[0].at).total_seconds()
+            click.echo(f"{after:8.1f} s  {phase.state.value}")
+        self._shown = len(now.phases)
+
+    def note(self, text: str) -> None:
+        """On a line of its own."""
+        click.echo(clean(text), err=True)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Bar:
+    """The live bar: phase, bytes, rate, how long still."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=Console(file=sys.stdout, highlight=False),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None, figures="")
+        self._progress.start()
+
+    def show(self, now: Migration) -> None:
+        """Draw it anew."""
+        figures, done, total = figures_of(now)
+        phase = f"[bold]{now.state.value}[/]" + (" (cancelling)" if now.cancel_requested else "")
+        self._progress.update(self._task, description=phase, figures=figures, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """Above the bar."""
+        self._progress.console.print(clean(text), markup=False)
+
+    def close(self) -> None:
+        """Wipe the bar away."""
+        self._progress.stop()
+
+
+def figures_of(now: Migration) -> tuple[str, float, float | None]:
+    """What stands beside the bar, and how far the bar is: bytes done, and of how many (None: not known)."""
+    state = now.progress
+    if state is None or not state.total_bytes:
+        return "", 0, None
+    parts = [quantities.size(state.transferred_bytes)]
+    if state.rate > 0:
+        parts.append(quantities.rate(state.rate))
+    if now.eta_s is not None:
+        parts.append(f"{quantities.duration(now.eta_s)} left")
+    elif state.passes > 1:
+        parts.append(f"pass {state.passes}, the guest writes {quantities.rate(state.dirty_rate)}")
+    return ", ".join(parts), max(0, state.total_bytes - state.remaining_bytes), state.total_bytes
+
+
+def protection(one: Migration) -> str:
+    """How it is or was protected, in words: sealed with what, or plain, loudly, and why."""
+    if one.protection == "sealed":
+        return f"sealed with {one.cipher or 'AES-256-GCM'}, since {one.reason}"
+    return f"PLAIN, neither secret nor authentic, because {one.reason}"
+
+
+def conclusion(one: Migration, moved_bytes: int) -> str:
+    """The one line that ends a migration that is done. ``moved_bytes`` is QEMU's count, for what was not sealed."""
+    sealed = one.protection == "sealed"
+    if sealed:
+        how = click.style("sealed", fg="green", bold=True) + f" with {one.cipher}"
+    else:
+        how = click.style("PLAIN - NOT ENCRYPTED, NOT AUTHENTICATED", fg="red", bold=True) + f" ({clean(one.reason)})"
+    parts = [how, quantities.count(one.channels, "channel")]
+    if moved := one.sealed_out if sealed else moved_bytes:
+        parts.append(quantities.size(moved))
+    if one.total_s is not None:
+        parts.append(quantities.duration(one.total_s))
+    down = "not known" if one.downtime_ms is None else quantities.duration(one.downtime_ms / 1000)
+    return f"VM {clean(one.vm_name)} runs on {clean(one.target)}: {', '.join(parts)}, downtime {down}"
+
+
+def watch(client: Client, made: Migration, output: Output, interrupts: Interrupts, *, cancel: bool) -> None:
+    """Follow ``made`` to its end and say it; any end but done is raised as its error.
+
+    ``cancel``: whether Ctrl-C asks the controller to cancel. Once somebody only stops following, exits with DETACHED.
+    """
+    view: View = Silence() if output.json else Bar() if sys.stdout.isatty() else Lines()
+    try:
+        end, moved = _follow(client, made, view, interrupts, cancel)
+    except KeyboardInterrupt:
+        view.close()
+        _detach(made)
+    finally:
+        view.close()
+    if output.json:
+        output.document(end)
+    error = ENDS.get(end.state.value)
+    if error is not None:
+        what = end.error or f"the migration of VM {end.vm_name} ended as {end.state.value}"
+        if end.state.value == "failed" and end.source not in what:
+            what = f"VM {end.vm_name} stays at {end.source}: {what}"
+        raise error(what, todo=end.todo or f"see `sealift migration show {end.id}`")
+    if not output.json:
+        if end.cancel_requested:
+            click.echo("sealift: the cancellation came too late", err=True)
+        click.echo(conclusion(end, moved))
+
+
+def _follow(client: Client, now: Migration, view: View, interrupts: Interrupts, cancel: bool) -> tuple[Migration, int]:
+    moved, seen, silent, unsettled_since = 0, 0, False, None
+    view.note(f"moving VM {now.vm_name} from {now.source} to {now.target}")
+    told = False
+    while True:
+        view.show(now)
+        if now.progress is not None:
+            moved = now.progress.transferred_bytes
+        if now.protection and not told:
+            view.note(protection(now))
+            told = True
+        unsettled_since = (unsettled_since or time.monotonic()) if now.state.value == "outcome_unknown" else None
+        unsettled = unsettled_since is not None and time.monotonic() - unsettled_since >= UNSETTLED_S
+        if now.finished or unsettled:
+            return now, moved
+        if interrupts.count > seen:
+            seen = interrupts.count
+            if not cancel:
+                raise KeyboardInterrupt
+            view.note("asking the controller to cancel; Ctrl-C again stops waiting for the end")
+            try:
+                now = client.cancel(now.id)
+            except SealiftError as error:
+                view.note(f"not cancelled: {error}")
+            continue
+        interrupts.wait(POLL_S)
+        try:
+            now = client.migration(now.id)
+        except ControllerUnreachable as error:
+            if not silent:
+                view.note(f"{error.what}; the move goes on without it, and we wait")
+            silent = True
+        else:
+            silent = False
+
+
+def _detach(made: Migration) -> NoReturn:
+    text = f"no longer following; the migration goes on, see `sealift migration watch {made.id}`"
+    click.echo(f"\nsealift: {text}", err=True)
+    raise click.exceptions.Exit(DETACHED)
