@@ -78,7 +78,9 @@ class Cluster:
             self.argv(*arguments), input=input, capture_output=True, text=True, env=self._environment, check=False
         )
         if check and done.returncode:
-            raise SealiftError(f"sealift {' '.join(arguments)} ended with {done.returncode}: {done.stderr or done.stdout}")
+            raise SealiftError(
+                f"sealift {' '.join(arguments)} ended with {done.returncode}: {done.stderr or done.stdout}"
+            )
         return done
 
     def ask(self, *arguments: str) -> Any:
@@ -90,7 +92,9 @@ class Cluster:
                 problem = json.loads(text.splitlines()[-1])
             except (ValueError, IndexError):
                 raise SealiftError(f"sealift {' '.join(arguments)} ended with {done.returncode}: {text}") from None
-            raise from_slug(problem["slug"], problem.get("error") or problem.get("what") or text, problem.get("todo", ""))
+            raise from_slug(
+                problem["slug"], problem.get("error") or problem.get("what") or text, problem.get("todo", "")
+            )
         return json.loads(done.stdout)
 
     @staticmethod

@@ -71,7 +71,7 @@ _state = click.option("--state", type=click.Path(path_type=Path), default=STATE 
 @_state
 def agent_join(url: str, token: str | None, config: Path, state: Path) -> None:
     """Join the controller at URL with a one-time token."""
-    from sealift.cli.tokens import read_token
+    from sealift.cli.credentials import read_token
     from sealift.entry.agent import join_controller
 
     identity = join_controller(url, read_token(token), _settings(config, state))
