@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sealift.channel.noise import PUBLIC_BYTES, Initiator, SymmetricState
+from sealift.channel.noise import PUBLIC_BYTES, Exchange, Initiator, SymmetricState
 from sealift.channel.protocol import MESSAGE_BYTES, Kind, Plan, Preface
 from sealift.channel.session import bind
 from sealift.errors import ChannelUnexpected, HandshakeFailed, PrefaceInvalid, RecordForged
@@ -162,6 +162,16 @@ def test_messages_of_another_length(length):
         theirs.message1(bytes(length))
     with pytest.raises(HandshakeFailed):
         ours.message2(bytes(length))
+
+
+def test_messages_with_a_payload_are_refused_though_they_verify():
+    target, source = responder(), initiator()
+    with pytest.raises(HandshakeFailed):
+        target.message1(Exchange(secret(PSK), prologue(), b"\x05" * 32).write_1(b"payload"))
+    other = Exchange(secret(PSK), prologue(), b"\x05" * 32)
+    other.read_1(source.message1())
+    with pytest.raises(HandshakeFailed):
+        source.message2(other.write_2(b"payload"))
 
 
 def test_a_replayed_handshake_opens_nothing():
