@@ -34,6 +34,7 @@ from sealift.secret import Secret
 
 _WORD_AND_SEQUENCE: Final = struct.Struct(">IQ")
 _HEADER: Final = struct.Struct(">I")
+_TYPES: Final = {int(kind): kind for kind in RecordType}
 # No record's IV can be this one: those begin with four zero bytes.
 _REKEY_IV: Final = b"\xff" * 12
 
@@ -67,13 +68,13 @@ class _Direction:
         """How often this direction has changed its key."""
         return self._rekeys
 
-    def _next(self, header: RecordHeader) -> tuple[bytes, bytes]:
+    def _next(self, kind: RecordType, length: int) -> tuple[bytes, bytes]:
         """IV and associated data of the next record; raises SequenceExhausted."""
         sequence = self._sequence
         if sequence > LAST_SEQUENCE:
             raise SequenceExhausted("a connection of a sealed channel has used up its sequence numbers")
-        word = header.type << 24 | header.length
-        return _WORD_AND_SEQUENCE.pack(0, self._nonce ^ sequence), _WORD_AND_SEQUENCE.pack(word, sequence)
+        associated = _WORD_AND_SEQUENCE.pack(kind << 24 | length, sequence)
+        return _WORD_AND_SEQUENCE.pack(0, self._nonce ^ sequence), associated
 
     def _count(self, length: int) -> None:
         """Count a record that was sealed or opened, and change the key when a limit is reached."""
@@ -105,7 +106,7 @@ class RecordSealer(_Direction):
         end = HEADER_BYTES + length + TAG_BYTES
         if len(out) < end:
             raise ValueError(f"{end} bytes are needed to seal into, {len(out)} were given")
-        iv, associated = self._next(RecordHeader(kind, length))
+        iv, associated = self._next(kind, length)
         out[:HEADER_BYTES] = associated[:HEADER_BYTES]
         self._cipher.encrypt_into(iv, payload, associated, out[HEADER_BYTES:end])
         self._count(length)
@@ -129,10 +130,9 @@ class RecordOpener(_Direction):
         """
         (word,) = _HEADER.unpack_from(view)
         length = word & 0xFFFFFF
-        try:
-            kind = RecordType(word >> 24)
-        except ValueError:
-            raise RecordUnexpected("the peer sent a record of an unknown type") from None
+        kind = _TYPES.get(word >> 24)
+        if kind is None:
+            raise RecordUnexpected("the peer sent a record of an unknown type")
         shortest, longest = PAYLOAD_BYTES[kind]
         if not shortest <= length <= longest:
             raise RecordOversize(f"the peer announced a {kind.name} record of {length} bytes")
@@ -149,7 +149,7 @@ class RecordOpener(_Direction):
         kind, length = header
         if len(body) != length + TAG_BYTES or len(out) < length:
             raise ValueError("the buffers to open a record do not have its size")
-        iv, associated = self._next(RecordHeader(kind, length))
+        iv, associated = self._next(kind, length)
         plaintext = out[:length]
         try:
             self._cipher.decrypt_into(iv, body, associated, plaintext)

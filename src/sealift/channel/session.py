@@ -137,7 +137,30 @@ _RECEIVING: Final[dict[Receiving, dict[RecordType, Receiving]]] = {
 }
 
 
-class SendHalf:
+class _Half:
+    """What was counted in one direction."""
+
+    def __init__(self, direction: RecordSealer | RecordOpener) -> None:
+        self._direction = direction
+        self._plaintext_bytes = 0
+
+    @property
+    def plaintext_bytes(self) -> int:
+        """Bytes of the stream (payload of DATA) so far."""
+        return self._plaintext_bytes
+
+    @property
+    def records(self) -> int:
+        """Records of every type so far."""
+        return self._direction.records
+
+    @property
+    def rekeys(self) -> int:
+        """How often this direction has changed its key."""
+        return self._direction.rekeys
+
+
+class SendHalf(_Half):
     """What we send on one connection. Not for two threads at once; never blocks, never buffers.
 
     Records must go out in the order in which they were made. Methods raise RecordUnexpected when the record is not
@@ -145,29 +168,14 @@ class SendHalf:
     """
 
     def __init__(self, sealer: RecordSealer) -> None:
+        super().__init__(sealer)
         self._sealer = sealer
         self._state = Sending.NEW
-        self._plaintext_bytes = 0
 
     @property
     def state(self) -> Sending:
         """How far this half is."""
         return self._state
-
-    @property
-    def plaintext_bytes(self) -> int:
-        """Bytes of the stream (payload of DATA) sealed so far."""
-        return self._plaintext_bytes
-
-    @property
-    def records(self) -> int:
-        """Records of every type sealed so far."""
-        return self._sealer.records
-
-    @property
-    def rekeys(self) -> int:
-        """How often this direction has changed its key."""
-        return self._sealer.rekeys
 
     def peer_opened(self) -> None:
         """Note that the peer's OPEN has verified: from here on, and after our own OPEN, DATA may flow."""
@@ -216,7 +224,7 @@ class SendHalf:
         return following
 
 
-class ReceiveHalf:
+class ReceiveHalf(_Half):
     """What we receive on one connection. Not for two threads at once.
 
     ``buffer_bytes`` is how much one receive may bring. Until the peer's OPEN has verified there is room for nothing
@@ -227,38 +235,24 @@ class ReceiveHalf:
     def __init__(self, opener: RecordOpener, *, control: bool, buffer_bytes: int) -> None:
         if buffer_bytes < OPEN_RECORD_BYTES:
             raise ValueError(f"a receive buffer has at least {OPEN_RECORD_BYTES} bytes")
+        super().__init__(opener)
         self._opener = opener
         self._control = control
         self._buffer_bytes = buffer_bytes
         self._state = Receiving.WAITING
         self._broken: errors.ChannelError | None = None
-        self._plaintext_bytes = 0
         # Ciphertext as received: [_start:_end] is not opened yet. Plaintext is opened into a buffer of its own.
         self._sealed = memoryview(bytearray(OPEN_RECORD_BYTES))
         self._opened = memoryview(bytearray(OPEN_RECORD_BYTES))
         self._start = 0
         self._end = 0
-        self._header: RecordHeader | None = None
+        # The record at _start once its header was judged, and the state it leads to.
+        self._pending: tuple[RecordHeader, Receiving] | None = None
 
     @property
     def state(self) -> Receiving:
         """How far this half is."""
         return self._state
-
-    @property
-    def plaintext_bytes(self) -> int:
-        """Bytes of the stream (payload of DATA) opened so far."""
-        return self._plaintext_bytes
-
-    @property
-    def records(self) -> int:
-        """Records of every type opened so far."""
-        return self._opener.records
-
-    @property
-    def rekeys(self) -> int:
-        """How often this direction has changed its key."""
-        return self._opener.rekeys
 
     def space(self) -> memoryview:
         """Where to receive the next bytes; never empty. Raises ValueError while events are waiting to be taken."""
@@ -267,7 +261,7 @@ class ReceiveHalf:
             self._start = self._end = 0
         elif (needed := self._needed()) <= self._end - self._start:
             raise ValueError("take every event before receiving more")
-        elif self._start + needed > len(self._sealed) or self._header is None:
+        elif self._start + needed > len(self._sealed) or self._pending is None:
             self._make_room(needed)
         return self._sealed[self._end :]
 
@@ -307,18 +301,15 @@ class ReceiveHalf:
         self._break(self._broken or errors.RecordUnexpected("this half of a channel was dropped"))
 
     def _next_event(self) -> Event | None:
-        available = self._end - self._start
-        if self._header is None:
-            if available < HEADER_BYTES:
+        if self._pending is None:
+            if self._end - self._start < HEADER_BYTES:
                 return None
             header = self._opener.header(self._sealed[self._start : self._end])
-            self._following(header.type)
-            self._header = header
-        header = self._header
+            self._pending = header, self._following(header.type)
+        header, following = self._pending
         end = self._start + RECORD_OVERHEAD + header.length
         if end > self._end:
             return None
-        following = self._following(header.type)
         if len(self._opened) < header.length:
             usual = self._buffer_bytes - RECORD_OVERHEAD
             self._opened = memoryview(bytearray(usual if header.length <= usual else MAX_PAYLOAD))
@@ -326,7 +317,7 @@ class ReceiveHalf:
         event = self._event(header)
         self._state = following
         self._start = end
-        self._header = None
+        self._pending = None
         if header.type is RecordType.OPEN:
             self._make_room(self._buffer_bytes)
         return event
@@ -361,7 +352,7 @@ class ReceiveHalf:
 
     def _needed(self) -> int:
         """How long the record at the start of the buffer is, as far as its header is there."""
-        return HEADER_BYTES if self._header is None else RECORD_OVERHEAD + self._header.length
+        return HEADER_BYTES if self._pending is None else RECORD_OVERHEAD + self._pending[0].length
 
     def _make_room(self, needed: int) -> None:
         """Let the waiting bytes begin a buffer of at least ``needed`` bytes."""
