@@ -61,8 +61,3 @@ def run(group: click.Group, arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def main() -> NoReturn:
-    """The program `sealift`, without the commands that entry/ adds."""
-    run(cli)

@@ -92,9 +92,7 @@ class Cluster:
                 problem = json.loads(text.splitlines()[-1])
             except (ValueError, IndexError):
                 raise SealiftError(f"sealift {' '.join(arguments)} ended with {done.returncode}: {text}") from None
-            raise from_slug(
-                problem["slug"], problem.get("error") or problem.get("what") or text, problem.get("todo", "")
-            )
+            raise from_slug(problem["slug"], problem["what"], problem["todo"])
         return json.loads(done.stdout)
 
     @staticmethod
@@ -114,7 +112,7 @@ class Cluster:
         self.directory.mkdir(parents=True, exist_ok=True)
         listen = f"127.0.0.1:{self.port}"
         made = self.ask(
-            "controller", "init", "--state", str(self.directory / "controller"), "--listen", listen, "--address", listen
+            "controller", "init", "--state", str(self.directory / "controller"), "--listen", listen, "--address", "127.0.0.1"
         )
         self.start_controller()
         self.sealift("login", self.url, "--token", "-", input=made["admin_token"])

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ RAM_KIB = 262136
 FILLED_MB, DIRTY_MB_S = 128, 20
 _BOOT_S, _CHECK_S = 90.0, 120.0
 
-_screen = Screen(highlight=False)
+_screen = Screen(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from sealift.agent.vms import Vms
 from sealift.channel.relay_client import start_doorman
 from sealift.channel.relay_spec import split_address
 from sealift.domain.token import parse_token
+from sealift.entry.logs import log_to_stderr
 from sealift.errors import Conflict
 from sealift.hypervisor.qemu import QemuHypervisor
 from sealift.process import forbid_dumps
@@ -47,7 +48,8 @@ def run(settings: AgentSettings) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Conflict(f"an agent already runs on {settings.state_directory}") from None
-        forbid_dumps()
+        forbid_dumps()  # one-time keys pass through this process
+        log_to_stderr()
         asyncio.run(_serve(settings, identity))
 
 

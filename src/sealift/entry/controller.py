@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from sealift.api.app import create_app
 from sealift.controller.authority import Authority, create_authority, write_private
 from sealift.controller.services import Services, Settings, load_settings, open_services, settings_path
 from sealift.domain.token import fingerprint_text
+from sealift.entry.logs import log_to_stderr
 from sealift.errors import AlreadyExists, InvalidInput
 
 
@@ -104,21 +103,4 @@ def server(services: Services) -> uvicorn.Server:
             server_header=False,
             ws="none",
         )
-    )
-
-
-def log_to_stderr() -> None:
-    """Log lines of ours and of libraries to standard error. Tracebacks never show the values of variables."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,  # plain text; the pretty renderer would print local variables
-            structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
     )

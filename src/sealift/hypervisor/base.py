@@ -147,6 +147,9 @@ class Vm(Protocol):
         and has announced itself.
         """
 
+    async def announce(self) -> None:
+        """Tell the network that the guest is here, for one that goes on by itself; never raises."""
+
     async def pause(self) -> None:
         """Stop the guest's virtual CPUs; runstate is ``paused`` on return."""
 

@@ -166,7 +166,20 @@ class QemuVm:
 
     async def migrate(self, path: Path) -> None:
         check_socket(path)
+        await self._settled()
         await self._qmp.execute("migrate", {"uri": f"unix:{path}"})
+
+    async def _settled(self) -> None:
+        """Wait until an earlier migration that failed is cleaned up: QEMU says so before it is, and refuses the next.
+
+        Its yank instance is what goes last. If it stays, the next command says why.
+        """
+        for _ in range(100):
+            instances = await self._qmp.execute("query-yank")
+            assert isinstance(instances, list)
+            if {"type": "migration"} not in instances or (await self.migration()).status not in _OVER:
+                return
+            await asyncio.sleep(_POLL_S)
 
     async def continue_switchover(self) -> None:
         await self._qmp.execute("migrate-continue", {"state": "pre-switchover"})
@@ -196,14 +209,14 @@ class QemuVm:
         if incoming != "completed":
             raise ContRefused(f"VM {self._name} was not let run: its incoming migration is {incoming}, not completed")
         await self._cont()
-        await self._announce()
+        await self.announce()
 
     async def cont_at_source(self, *, aborted: Answer) -> None:
         if aborted is not Answer.ABORTED:
             raise ContRefused(f"VM {self._name} was not let run at its source: the target has not aborted")
         await self._require("postmigrate", "paused", reason="it is not a guest that was handed over")
         await self._cont()
-        await self._announce()
+        await self.announce()
 
     async def _require(self, *runstates: str, reason: str) -> None:
         now = await self.status()
@@ -225,7 +238,7 @@ class QemuVm:
             await asyncio.sleep(_POLL_S)
         raise HypervisorError(f"VM {self._name} took `cont` but its runstate is {now}")
 
-    async def _announce(self) -> None:
+    async def announce(self) -> None:
         # The guest runs: that this failed must not look as if it did not.
         with contextlib.suppress(SealiftError):
             await self._qmp.execute("announce-self", _ANNOUNCE)

@@ -90,6 +90,7 @@ class Qmp:
         self._retained: deque[QmpEvent] = deque(maxlen=RETAINED_EVENTS)
         self._readers: WeakSet[_Reader] = WeakSet()
         self._end: HypervisorError | None = None
+        self._dropping: asyncio.Task[None] | None = None
 
     @classmethod
     async def connect(cls, path: Path, *, process: ProcessRef, name: str, timeout: float = 10) -> Qmp:
@@ -154,11 +155,15 @@ class Qmp:
         """Watch the connection and make it again, until the process has ended."""
         try:
             while True:
-                assert self._client is not None
-                while self._client.runstate.name == "RUNNING":
-                    await self._client.runstate_changed()
+                client = self._client
+                assert client is not None
+                while client.runstate.name == "RUNNING":
+                    await client.runstate_changed()
                 self._up.clear()
-                await self._drop(self._client)
+                self._client = None
+                # Shielded: a disconnect that is cancelled half-way leaves qemu.qmp's tasks with nobody to ask them.
+                self._dropping = asyncio.create_task(self._drop(client))
+                await asyncio.shield(self._dropping)
                 self._client = await self._dial()
                 self._publish(QmpEvent(RECONNECTED, {}, time.time()))
                 self._up.set()
@@ -196,7 +201,8 @@ class Qmp:
                     await self._up.wait()
                     if self._end is not None:
                         raise type(self._end)(self._end.what, todo=self._end.todo)
-                    assert self._client is not None
+                    if self._client is None:
+                        continue  # it broke again before we were woken
                     try:
                         return await self._client.execute(command, arguments)
                     except ExecuteError as error:
@@ -250,6 +256,8 @@ class Qmp:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
             self._keeper = None
+        if self._dropping is not None:
+            await self._dropping
         if self._client is not None:
             await self._drop(self._client)
             self._client = None
