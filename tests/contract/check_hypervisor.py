@@ -462,16 +462,29 @@ async def cancel_without_a_move_is_harmless(bench: Bench) -> None:
         await vm.continue_switchover()
 
 
-async def a_dead_target_leaves_the_source_running(bench: Bench) -> None:
+async def _a_dead_target_leaves_the_source_running(bench: Bench, channels: int) -> tuple[HardwareRecord, Vm]:
     record, source = await bench.running()
     target = await bench.incoming(record)
-    await begin_move(bench, source, target, MoveOptions(bandwidth=2 << 20, max_downtime_ms=1, multifd_channels=2))
+    await begin_move(
+        bench, source, target, MoveOptions(bandwidth=2 << 20, max_downtime_ms=1, multifd_channels=channels)
+    )
     await until_migration(source, "active")
     await target.kill()
     info = await until_migration(source, "failed")
-    assert info.status == "failed"
+    assert info.error
     await until_status(source, "running")
     await bench.ticks("a")
+    return record, source
+
+
+async def a_dead_target_over_2_channels_leaves_the_source_running(bench: Bench) -> None:
+    # No second migration here: QEMU 7.2 cannot always begin one after this (see ``Vm.migrate``).
+    await _a_dead_target_leaves_the_source_running(bench, 2)
+    ticker.check(bench.console("a"))
+
+
+async def a_dead_target_leaves_the_source_able_to_try_again(bench: Bench) -> None:
+    record, source = await _a_dead_target_leaves_the_source_running(bench, 0)
     again = await bench.incoming(record)
     await move(bench, source, again, MoveOptions())
     await again.cont_at_target()
@@ -533,7 +546,8 @@ CHECKS: tuple[Callable[[Bench], Awaitable[None]], ...] = (
     a_move_is_cancelled_while_copying,
     a_move_is_cancelled_at_the_switchover,
     cancel_without_a_move_is_harmless,
-    a_dead_target_leaves_the_source_running,
+    a_dead_target_over_2_channels_leaves_the_source_running,
+    a_dead_target_leaves_the_source_able_to_try_again,
     an_aborted_move_is_taken_back,
     limits_change_under_way,
     a_socket_path_too_long_is_refused,

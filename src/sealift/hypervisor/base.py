@@ -118,7 +118,10 @@ class Vm(Protocol):
         """Accept the incoming migration on this UNIX socket; on return it is listening."""
 
     async def migrate(self, path: Path) -> None:
-        """Begin migrating to whoever listens on this UNIX socket; returns at once."""
+        """Begin migrating to whoever listens on this UNIX socket; returns at once.
+
+        Raises HypervisorError when an earlier migration that failed has left the process unable to migrate.
+        """
 
     async def continue_switchover(self) -> None:
         """Go on from ``pre-switchover``; raises QmpRefused in any other status."""

@@ -172,7 +172,9 @@ class QemuVm:
     async def _settled(self) -> None:
         """Wait until an earlier migration that failed is cleaned up: QEMU says so before it is, and refuses the next.
 
-        Its yank instance is what goes last. If it stays, the next command says why.
+        Its yank instance is what goes last. QEMU 7.2 may never clean up when a migration over several channels breaks
+        while they are being set up (its migration thread then waits for a channel's thread that has ended); the guest
+        is not concerned, but nothing short of a new process makes it migratable again.
         """
         for _ in range(100):
             instances = await self._qmp.execute("query-yank")
@@ -180,6 +182,10 @@ class QemuVm:
             if {"type": "migration"} not in instances or (await self.migration()).status not in _OVER:
                 return
             await asyncio.sleep(_POLL_S)
+        raise HypervisorError(
+            f"VM {self._name} cannot be migrated: QEMU has not cleaned up after an earlier migration that failed",
+            todo="the guest runs on undisturbed; stop it and start it again to migrate it (a defect of older QEMUs)",
+        )
 
     async def continue_switchover(self) -> None:
         await self._qmp.execute("migrate-continue", {"state": "pre-switchover"})
