@@ -117,9 +117,14 @@ async def one_run(kind: str, channels: int, total: int, record_bytes: int) -> Ru
                 "spec": spec,
                 "qemu_pid": os.getpid(),
                 "record_bytes": record_bytes,
-                "source_address": "127.0.0.1",
             }
-            target = RelaySpec("target", directory=f"{root}/b", door=door_path(f"{root}/doors", route), **common)
+            target = RelaySpec(
+                "target",
+                directory=f"{root}/b",
+                door=door_path(f"{root}/doors", route),
+                source_address="127.0.0.1",
+                **common,
+            )
             target_pid = await start_relay(kind, target, secret, f"{root}/target.log")
             pids.append(target_pid)
             source = RelaySpec("source", directory=f"{root}/a", target=f"127.0.0.1:{port}", **common)

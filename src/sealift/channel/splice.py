@@ -41,7 +41,7 @@ class _Plain:
         shut(self.sock, socket.SHUT_WR)
 
     def counters(self) -> Counters:
-        """What went over this connection so far; there are no records."""
+        """What data went over this connection so far; there are no records."""
         return self._counted
 
     def release(self) -> None:
@@ -84,9 +84,7 @@ class PlainControl(_Plain):
 
     def send_message(self, message: Message) -> None:
         """One frame."""
-        frame = encode_frame(message)
-        self.sock.sendall(frame)
-        self._counted.bytes_out += len(frame)
+        self.sock.sendall(encode_frame(message))
 
     def send_beat(self, beat: Beat) -> None:
         """One heartbeat frame."""
@@ -106,7 +104,6 @@ class PlainControl(_Plain):
             if self._frames.midway:
                 raise StreamTruncated("the control stream ended in the middle of a message")
             return [None]
-        self._counted.bytes_in += count
         return [self._item(message) for message in self._frames.feed(self._in[:count])]
 
     @staticmethod
