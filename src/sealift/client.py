@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import httpx2
@@ -23,6 +23,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from sealift.api import schemas
 from sealift.domain.policy import MigrateEncryption
 from sealift.domain.token import Token
+from sealift.domain.vm import check_name
 from sealift.errors import (
     ControllerUnreachable,
     FingerprintMismatch,
@@ -57,14 +58,15 @@ class Credentials:
 
 def normal_url(text: str) -> str:
     """``https://host:port`` of what a person wrote, port 7443 if none; raises InvalidInput."""
-    parts = urlsplit(text if "://" in text else f"https://{text}")
+    bad = InvalidInput("this is not a controller's address", todo="write it as https://HOST:7443")
     try:
-        port = parts.port or 7443
+        parts = urlsplit(text if "://" in text else f"https://{text}")
+        port = 7443 if parts.port is None else parts.port
     except ValueError:
-        port = 0
+        raise bad from None
     plain = not parts.query and not parts.fragment and parts.path in ("", "/") and "@" not in parts.netloc
     if parts.scheme != "https" or not parts.hostname or not port or not plain:
-        raise InvalidInput("this is not a controller's address", todo="write it as https://HOST:7443")
+        raise bad
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"https://{host}:{port}"
 
@@ -182,13 +184,10 @@ class _Connection:
         return ControllerUnreachable(what, todo="see that the controller runs and its port can be reached from here")
 
 
-def _part(name: str) -> str:
-    return quote(name, safe="") or "-"
-
-
 class Client:
     """The controller's resources. Every method may raise ControllerUnreachable, NotAuthenticated and, for the
-    resource it names, NotFound; what else is said with the method. Use it as a context manager, or ``close`` it."""
+    resource it names, NotFound or InvalidInput; what else is said with the method. Use it as a context manager, or
+    ``close`` it."""
 
     def __init__(self, credentials: Credentials) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -227,15 +226,15 @@ class Client:
 
     def host(self, name: str) -> schemas.Host:
         """One host."""
-        return self._connection.ask(schemas.Host, "GET", f"hosts/{_part(name)}")
+        return self._connection.ask(schemas.Host, "GET", f"hosts/{check_name('host', name)}")
 
     def remove_host(self, name: str) -> None:
         """Forget a host; raises Conflict while it has VMs."""
-        self._connection.tell("DELETE", f"hosts/{_part(name)}")
+        self._connection.tell("DELETE", f"hosts/{check_name('host', name)}")
 
     def accept_host(self, name: str) -> schemas.Host:
         """Take a host as it is now, after it lost a capability."""
-        return self._connection.ask(schemas.Host, "POST", f"hosts/{_part(name)}/accept")
+        return self._connection.ask(schemas.Host, "POST", f"hosts/{check_name('host', name)}/accept")
 
     def vms(self) -> list[schemas.Vm]:
         """All VMs."""
@@ -243,7 +242,7 @@ class Client:
 
     def vm(self, name: str) -> schemas.Vm:
         """One VM."""
-        return self._connection.ask(schemas.Vm, "GET", f"vms/{_part(name)}")
+        return self._connection.ask(schemas.Vm, "GET", f"vms/{check_name('VM', name)}")
 
     def create_vm(self, host: str, config: str) -> schemas.Vm:
         """Define a VM on ``host`` from the text of its TOML file; raises InvalidInput, AlreadyExists."""
@@ -252,19 +251,21 @@ class Client:
     def change_vm(self, name: str, migrate_encryption: MigrateEncryption) -> schemas.Vm:
         """Set whether a VM moves encrypted."""
         change = schemas.VmChange(migrate_encryption=migrate_encryption)
-        return self._connection.ask(schemas.Vm, "PATCH", f"vms/{_part(name)}", change)
+        return self._connection.ask(schemas.Vm, "PATCH", f"vms/{check_name('VM', name)}", change)
 
     def start_vm(self, name: str) -> schemas.Vm:
         """Start a VM; raises Conflict, VmLetGo and HypervisorError's classes."""
-        return self._connection.ask(schemas.Vm, "POST", f"vms/{_part(name)}/start")
+        return self._connection.ask(schemas.Vm, "POST", f"vms/{check_name('VM', name)}/start")
 
     def stop_vm(self, name: str, *, force: bool = False) -> schemas.Vm:
         """Ask the guest to power down, or kill it; raises Conflict."""
-        return self._connection.ask(schemas.Vm, "POST", f"vms/{_part(name)}/stop", schemas.VmStop(force=force))
+        return self._connection.ask(
+            schemas.Vm, "POST", f"vms/{check_name('VM', name)}/stop", schemas.VmStop(force=force)
+        )
 
     def delete_vm(self, name: str) -> None:
         """Forget a stopped VM, never its disks; raises Conflict."""
-        self._connection.tell("DELETE", f"vms/{_part(name)}")
+        self._connection.tell("DELETE", f"vms/{check_name('VM', name)}")
 
     def migrate(self, wish: schemas.MigrationCreate) -> schemas.Migration:
         """Begin a migration, or only plan it (``dry_run``); raises PlanRefused and its kin, Conflict."""

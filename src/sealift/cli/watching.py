@@ -214,7 +214,7 @@ def watch(client: Client, made: Migration, output: Output, interrupts: Interrupt
     error = ENDS.get(end.state.value)
     if error is not None:
         what = end.error or f"the migration of VM {end.vm_name} ended as {end.state.value}"
-        if end.state.value == "failed" and end.source not in what:
+        if end.state.value == "failed":
             what = f"VM {end.vm_name} stays at {end.source}: {what}"
         raise error(what, todo=end.todo or f"see `sealift migration show {end.id}`")
     if not output.json:
