@@ -1,3 +1,3 @@
 """Fixtures that every test can ask for by name."""
 
-pytest_plugins = ("support.guest",)
+pytest_plugins = ("support.guest", "support.command_line")

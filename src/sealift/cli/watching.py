@@ -166,9 +166,10 @@ def figures_of(now: Migration) -> tuple[str, float, float | None]:
     parts = [quantities.size(state.transferred_bytes)]
     if state.rate > 0:
         parts.append(quantities.rate(state.rate))
-    if now.eta_s is not None:
+    copying = now.state.value == "precopy"
+    if copying and now.eta_s is not None:
         parts.append(f"{quantities.duration(now.eta_s)} left")
-    elif state.passes > 1:
+    elif copying and state.passes > 1:
         parts.append(f"pass {state.passes}, the guest writes {quantities.rate(state.dirty_rate)}")
     return ", ".join(parts), max(0, state.total_bytes - state.remaining_bytes), state.total_bytes
 

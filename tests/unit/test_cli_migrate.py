@@ -1,0 +1,282 @@
+"""`sealift migrate` and `sealift migration`, against a real controller whose hosts play what a test wrote."""
+
+import contextlib
+import errno
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from doubles.agent import line, straight_source, straight_target
+from sealift.domain.move import MoveOrder, MoveState, Progress
+from support.command_line import CommandLine
+from support.deployment import Deployment, a_deployment
+
+VM = 'name = "web"\nvcpus = 2\nmemory = "512MiB"\n'
+COPYING = Progress(total_bytes=1 << 30, remaining_bytes=1 << 29, transferred_bytes=3 << 28, rate=100e6, passes=1)
+
+
+@pytest.fixture
+def deployment(tmp_path: Path, sealift: CommandLine) -> Iterator[Deployment]:
+    """Somebody is logged in to it, and VM web runs on host a."""
+    with a_deployment(tmp_path) as made:
+        assert sealift("login", made.url, "--token", "-", stdin=made.token).exit_code == 0
+        assert sealift("vm", "create", "-", "--host", "a", stdin=VM).exit_code == 0
+        sealift.says("vm", "start", "web")
+        yield made
+
+
+def endless(order: MoveOrder) -> list[dict[str, object]]:
+    """A source that copies until it is told to stop."""
+    return [line(MoveState.PREPARING), line(MoveState.PRECOPY, progress=COPYING)]
+
+
+def waiting(order: MoveOrder) -> list[dict[str, object]]:
+    """A target to which nothing complete has come yet."""
+    return [line(MoveState.WAITING)]
+
+
+def copy_on(deployment: Deployment) -> None:
+    """Have moves copy until they are told to stop."""
+    deployment.a.source_script, deployment.b.target_script = endless, waiting
+
+
+def broken(order: MoveOrder) -> list[dict[str, object]]:
+    """A source whose link falls silent."""
+    return [
+        line(MoveState.PREPARING),
+        line(MoveState.PRECOPY, progress=COPYING),
+        line(MoveState.FAILED, error_slug="peer_silent", error="nothing was heard from the target"),
+    ]
+
+
+def long_copy(order: MoveOrder) -> list[dict[str, object]]:
+    """A source that copies for a while before all goes well."""
+    return [line(MoveState.PRECOPY, progress=COPYING)] * 60 + straight_source(order)[2:]
+
+
+def test_a_sealed_move_ends_with_one_line_that_says_so(deployment: Deployment, sealift: CommandLine) -> None:
+    result = sealift("migrate", "web", "--to", "b", "--channels", "2", "--bandwidth", "2G", "--max-downtime", "0.2s")
+    assert result.exit_code == 0, result.output
+    last = result.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        r"VM web runs on b: sealed with AES-256-GCM, 2 channels, 4\.88 KiB, [0-9.]+ m?s, downtime 50 ms", last
+    )
+    phases = [row.split()[-1] for row in result.stdout.splitlines()[:-1]]
+    assert phases == ["requested", "planned", "preparing", "precopy", "switchover", "committing", "cleaning", "done"]
+    (order,) = [order for role, order in deployment.a.orders]
+    assert order.options.bandwidth == 2 << 30
+    assert order.options.max_downtime_ms == 200
+    assert order.options.multifd_channels == 2
+
+
+def test_a_plain_move_is_said_loudly_with_its_reason(deployment: Deployment, sealift: CommandLine) -> None:
+    sealift.says("vm", "set", "web", "--migrate-encryption", "disabled")
+    result = sealift("migrate", "web", "--to", "b")
+    assert result.exit_code == 0, result.output
+    last = result.stdout.splitlines()[-1]
+    assert "PLAIN - NOT ENCRYPTED, NOT AUTHENTICATED (the VM's setting is disabled)" in last
+    assert "sealed" not in last
+    assert "PLAIN" in result.stderr
+
+
+def test_a_refused_move_says_who_refused_what_and_what_to_do(deployment: Deployment, sealift: CommandLine) -> None:
+    deployment.b.sealed = False
+    sealift.says("vm", "set", "web", "--migrate-encryption", "required")
+    said = sealift.fails(3, "migrate", "web", "--to", "b")
+    assert "b cannot seal a move" in said
+    assert "\n  -> enable the sealed channel on b" in said
+    told = json.loads(sealift.fails(3, "migrate", "web", "--to", "b", "--json"))
+    assert told["slug"] == "plan_refused"
+    assert told["migration"]
+    assert not deployment.b.orders
+
+
+def test_a_dry_run_moves_nothing_and_says_what_would_be(deployment: Deployment, sealift: CommandLine) -> None:
+    assert "It would move sealed with AES-256-GCM" in sealift.says("migrate", "web", "--to", "b", "--dry-run")
+    assert sealift.json("migrate", "web", "--to", "b", "--dry-run")["dry_run"] is True
+    assert sealift.json("migration", "list") == []
+    deployment.b.sealed = False
+    sealift.says("vm", "set", "web", "--migrate-encryption", "required")
+    assert "would not be moved" in sealift.fails(3, "migrate", "web", "--to", "b", "--dry-run")
+
+
+def test_the_record_for_scripts_is_one_object(deployment: Deployment, sealift: CommandLine) -> None:
+    record = sealift.json("migrate", "web", "--to", "b")
+    assert record["state"] == "done"
+    assert record["protection"] == "sealed"
+    assert record["downtime_ms"] == pytest.approx(50)
+    (listed,) = sealift.json("migration", "list")
+    assert listed["id"] == record["id"]
+    short = record["id"][:8]
+    assert sealift.json("migration", "show", short)["id"] == record["id"]
+    shown = sealift.says("migration", "show", short)
+    assert "AES-256-GCM" in shown
+    assert "asked for by" in shown
+    _, row = sealift.says("migration", "list").splitlines()
+    assert row.split()[:6] == [short, "web", "a", "b", "done", "sealed"]
+
+
+def test_a_failed_move_says_where_the_vm_is(deployment: Deployment, sealift: CommandLine) -> None:
+    deployment.a.source_script, deployment.b.target_script = broken, waiting
+    said = sealift.fails(7, "migrate", "web", "--to", "b")
+    assert "web" in said
+    assert "stays at a" in said
+    assert "nothing was heard" in said
+
+
+def test_a_move_left_alone_is_watched_and_cancelled_later(deployment: Deployment, sealift: CommandLine) -> None:
+    copy_on(deployment)
+    begun = sealift.json("migrate", "web", "--to", "b", "--detach")
+    assert "was asked to cancel" in sealift.says("migration", "cancel", begun["id"][:8])
+    assert "web runs on at a" in sealift.fails(8, "migration", "watch", begun["id"])
+    assert "over" in sealift.fails(4, "migration", "cancel", begun["id"])
+
+
+@pytest.mark.parametrize("identifier", ["zz", "", "00000000-0000-0000-0000-000000000000"])
+def test_a_migration_that_is_not_there(deployment: Deployment, sealift: CommandLine, identifier: str) -> None:
+    assert "sealift: " in sealift.fails(4, "migration", "show", identifier)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--bandwidth", "2GB"], ["--max-downtime", "3"], ["--channels", "0"], ["--to"]],
+)
+def test_a_wrong_wish_asks_nothing_of_the_controller(sealift: CommandLine, words: list[str]) -> None:
+    sealift.fails(2, "migrate", "web", "--to", "b", *words)
+
+
+class Terminal:
+    """`sealift` as a process of its own on a terminal."""
+
+    def __init__(self, home: Path, *words: str) -> None:
+        self.text = ""
+        self._ours, theirs = pty.openpty()
+        environment = {**os.environ, "XDG_CONFIG_HOME": str(home), "TERM": "xterm-256color", "COLUMNS": "120"}
+        program = "from sealift.cli.main import cli, run; run(cli)"
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, theirs)
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+            )
+
+    def until(self, pattern: str) -> None:
+        """Read until ``pattern`` was shown; the test's timeout bounds it."""
+        while not re.search(pattern, self.text):
+            assert self._read(), f"ended without {pattern}: {self.text}"
+
+    def press_ctrl_c(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> int:
+        """Read to the end; the exit code."""
+        while self._read():
+            pass
+        return self.process.wait()
+
+    def _read(self) -> bool:
+        try:
+            found = os.read(self._ours, 65536)
+        except OSError as error:
+            if error.errno != errno.EIO:  # how a terminal says that the other end is closed
+                raise
+            return False
+        self.text += found.decode()
+        return bool(found)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._ours)
+
+
+@contextlib.contextmanager
+def terminal(sealift: CommandLine, *words: str) -> Iterator[Terminal]:
+    made = Terminal(sealift.home, *words)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_the_bar_shows_phase_bytes_rate_and_time_left(deployment: Deployment, sealift: CommandLine) -> None:
+    deployment.a.source_script = long_copy
+    with terminal(sealift, "migrate", "web", "--to", "b") as shown:
+        shown.until(r"precopy[^\n]*768 MiB, 95\.4 MiB/s, 5\.4 s left")
+        assert shown.end() == 0
+        assert re.search(r"runs on b: .*sealed.* with AES-256-GCM", shown.text.splitlines()[-1])
+
+
+def test_ctrl_c_cancels_and_says_what_became_of_the_vm(deployment: Deployment, sealift: CommandLine) -> None:
+    copy_on(deployment)
+    with terminal(sealift, "migrate", "web", "--to", "b") as shown:
+        shown.until("precopy")
+        shown.press_ctrl_c()
+        assert shown.end() == 8, shown.text[-500:]
+    assert "asking the controller to cancel" in shown.text
+    assert "VM web runs on at a" in shown.text
+    (record,) = sealift.json("migration", "list")
+    assert record["state"] == "cancelled"
+    assert sealift.json("vm", "show", "web")["host"] == "a"
+
+
+def test_a_second_ctrl_c_leaves_the_migration_to_itself(deployment: Deployment, sealift: CommandLine) -> None:
+    copy_on(deployment)
+    with terminal(sealift, "migrate", "web", "--to", "b") as shown:
+        shown.until("precopy")
+        deployment.down()  # nobody can be asked to cancel, so the first one waits
+        try:
+            shown.until("we wait")
+            shown.press_ctrl_c()
+            shown.until("Ctrl-C again")
+            shown.press_ctrl_c()
+            assert shown.end() == 130
+        finally:
+            deployment.up()
+    assert "no longer following" in shown.text
+    (record,) = sealift.json("migration", "list")
+    assert record["state"] == "precopy"
+
+
+def test_an_onlookers_ctrl_c_cancels_nothing(deployment: Deployment, sealift: CommandLine) -> None:
+    copy_on(deployment)
+    begun = sealift.json("migrate", "web", "--to", "b", "--detach")
+    with terminal(sealift, "migration", "watch", begun["id"]) as shown:
+        shown.until("precopy")
+        shown.press_ctrl_c()
+        assert shown.end() == 130
+    assert sealift.json("migration", "show", begun["id"])["cancel_requested"] is False
+
+
+def test_a_controller_that_starts_anew_does_not_end_the_watching(deployment: Deployment, sealift: CommandLine) -> None:
+    copy_on(deployment)
+    with terminal(sealift, "migrate", "web", "--to", "b") as shown:
+        shown.until("precopy")
+        deployment.down()
+        try:
+            shown.until("goes on without it")
+        finally:
+            deployment.up()
+        (there,), (here,) = deployment.b.moves.values(), deployment.a.moves.values()
+        there.script = straight_target(there.order)[-1:]
+        here.script = straight_source(here.order)[3:]
+        assert shown.end() == 0
+    assert "runs on b" in shown.text
+
+
+def test_events_are_followed_until_ctrl_c(deployment: Deployment, sealift: CommandLine) -> None:
+    with terminal(sealift, "events", "--follow") as shown:
+        shown.until(r"host\.joined")
+        sealift.says("host", "token")
+        shown.until(r"token")
+        shown.press_ctrl_c()
+        assert shown.end() == 130
+    assert "Traceback" not in shown.text
