@@ -113,6 +113,7 @@ async def one_run(kind: str, channels: int, total: int, record_bytes: int) -> Ru
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(f"{root}/b/{TARGET_SOCKET}")
             listener.listen(channels)
+            listener.settimeout(30)
             common = {
                 "spec": spec,
                 "qemu_pid": os.getpid(),
@@ -137,9 +138,9 @@ async def one_run(kind: str, channels: int, total: int, record_bytes: int) -> Ru
             roles = {"relay_source": source_pid, "relay_target": target_pid}
             before = {role: cpu_seconds(pid) for role, pid in roles.items()}
             counts: list[int] = []
-            drains = [threading.Thread(target=drain, args=(listener, counts)) for _ in range(channels)]
+            drains = [threading.Thread(target=drain, args=(listener, counts), daemon=True) for _ in range(channels)]
             feeds = [
-                threading.Thread(target=feed, args=(f"{root}/a/{SOURCE_SOCKET}", total // channels))
+                threading.Thread(target=feed, args=(f"{root}/a/{SOURCE_SOCKET}", total // channels), daemon=True)
                 for _ in range(channels)
             ]
             began = time.monotonic()
