@@ -184,6 +184,6 @@ async def _find(session: AsyncSession, token: Token) -> TokenRow | None:
 
 def _check_address(text: str) -> None:
     host, _, port = text.rpartition(":")
-    plain = all(char.isalnum() or char in ".-:[]" for char in host)
+    plain = text.isascii() and all(char.isalnum() or char in ".-:[]" for char in host)
     if not host or not plain or not port.isdigit() or not 0 < int(port) < 65536:
         raise InvalidInput("the host's address is not valid", todo="give host:port")

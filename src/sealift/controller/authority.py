@@ -174,6 +174,12 @@ def load_authority(directory: Path, controller: UUID) -> Authority:
     return Authority(directory, controller, _load(directory, "hosts"), _load(directory, "controllers"))
 
 
+def check_names(addresses: Sequence[str]) -> None:
+    """Raises InvalidInput unless every one is a host name or an IP address."""
+    for address in addresses:
+        _general_name(address)
+
+
 def csr_public_key(pem: str) -> ec.EllipticCurvePublicKey:
     """The public key of a certificate request that proves possession of its key; raises InvalidInput.
 
@@ -276,7 +282,8 @@ def _general_name(address: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(address))
     except ValueError:
         pass
-    if not address or not all(part and part.replace("-", "").isalnum() for part in address.split(".")):
+    parts = address.split(".")
+    if not address.isascii() or not all(part.replace("-", "").isalnum() for part in parts):
         raise InvalidInput(f"'{address}' is neither a host name nor an IP address")
     return x509.DNSName(address)
 

@@ -12,7 +12,7 @@ import structlog
 import uvicorn
 
 from sealift.api.app import create_app
-from sealift.controller.authority import Authority, create_authority, write_private
+from sealift.controller.authority import Authority, check_names, create_authority, write_private
 from sealift.controller.services import Services, Settings, load_settings, open_services, settings_path
 from sealift.domain.token import fingerprint_text
 from sealift.entry.logs import log_to_stderr
@@ -41,13 +41,13 @@ def init(state: Path, *, listen: str, addresses: Sequence[str]) -> Initialised:
         raise InvalidInput(f"'{listen}' is not an address to listen at", todo="write it as host:port")
     if not addresses:
         raise InvalidInput("the controller needs a name it is called by", todo="give --address NAME")
+    check_names(addresses)
     if state.exists() and any(state.iterdir()):
         raise AlreadyExists(f"{state} is not empty", todo="name another directory; nothing here was changed")
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     state.chmod(0o700)
     settings = Settings(uuid4(), listen, tuple(addresses))
     authority = create_authority(state, settings.controller)
-    authority.server_context(settings.addresses)  # refuses a bad address now rather than at the first run
     write_private(settings_path(state), settings.dump())
     admin, join = asyncio.run(_first_tokens(state))
     return Initialised(
