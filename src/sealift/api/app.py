@@ -9,8 +9,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sealift import __version__
-from sealift.api import routes_hosts, routes_migrations, routes_vms
 from sealift.api.problems import install, problem
+from sealift.api.routes import hosts, migrations, vms
 from sealift.controller.services import Services
 from sealift.errors import InvalidInput
 
@@ -70,7 +70,7 @@ def create_app(services: Services) -> FastAPI:
         lifespan=life,
     )
     app.state.services = services
-    for routes in (routes_hosts, routes_vms, routes_migrations):
+    for routes in (hosts, vms, migrations):
         app.include_router(routes.router)
     install(app)
     app.add_middleware(BodyLimit)
