@@ -83,7 +83,7 @@ class Cluster:
             )
         return done
 
-    def ask(self, *arguments: str) -> Any:
+    def ask(self, *arguments: str) -> Any:  # noqa: ANN401 - as many shapes as commands
         """Run a command with ``--json`` and return what it answers; its error is raised as its own class."""
         done = self.sealift(*arguments, "--json", check=False)
         if done.returncode:
@@ -112,7 +112,8 @@ class Cluster:
         self.directory.mkdir(parents=True, exist_ok=True)
         listen = f"127.0.0.1:{self.port}"
         made = self.ask(
-            "controller", "init", "--state", str(self.directory / "controller"), "--listen", listen, "--address", "127.0.0.1"
+            *("controller", "init", "--state", str(self.directory / "controller")),
+            *("--listen", listen, "--address", "127.0.0.1"),
         )
         self.start_controller()
         self.sealift("login", self.url, "--token", "-", input=made["admin_token"])
@@ -131,6 +132,11 @@ class Cluster:
             self._controller.send_signal(number)
             self._controller.wait()
             self._controller = None
+
+    @property
+    def controller_runs(self) -> bool:
+        """Whether the controller's process is there."""
+        return self._controller is not None and self._controller.poll() is None
 
     @property
     def controller_pid(self) -> int:

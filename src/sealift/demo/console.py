@@ -1,4 +1,4 @@
-"""What the guest says on its serial console, wherever it runs: one stream out of the hosts' files, with arrival times."""
+"""What the guest says on its serial console, wherever it runs: one stream out of the hosts' files, and when."""
 
 from __future__ import annotations
 

@@ -99,7 +99,8 @@ class _Demonstration:
         words = command_line(self._secret, memory_mb=FILLED_MB, dirty_mb_s=DIRTY_MB_S)
         file.write_text(
             f'name = "guest"\nvcpus = 1\nmemory = "{RAM_KIB}KiB"\n'
-            f"[boot]\nkernel = {json.dumps(str(kernel))}\ninitrd = {json.dumps(str(initrd))}\ncmdline = {json.dumps(words)}\n"
+            f"[boot]\nkernel = {json.dumps(str(kernel))}\ninitrd = {json.dumps(str(initrd))}\n"
+            f"cmdline = {json.dumps(words)}\n"
         )
         self.cluster.sealift("vm", "create", str(file), "--host", "alpha")
         vm = self.cluster.ask("vm", "show", "guest")

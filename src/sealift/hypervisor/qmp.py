@@ -181,6 +181,10 @@ class Qmp:
                 await client.disconnect()
 
     def _finish(self) -> None:
+        # Before anybody is woken: one who finds neither a connection nor an end would ask for ever.
+        if self._end is None:
+            closed = HypervisorError(f"the handle on VM {self.name} was closed")
+            self._end = closed if self._process.alive() else self._gone()
         self._ended.set()
         self._up.set()  # wakes those who wait, to find that it has ended
         for reader in self._readers:
@@ -261,7 +265,4 @@ class Qmp:
         if self._client is not None:
             await self._drop(self._client)
             self._client = None
-        if self._end is None:
-            closed = HypervisorError(f"the handle on VM {self.name} was closed")
-            self._end = closed if self._process.alive() else self._gone()
         self._finish()
