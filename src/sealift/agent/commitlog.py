@@ -29,7 +29,7 @@ from pathlib import Path
 from uuid import UUID
 
 from sealift.domain.move import Role
-from sealift.errors import IllegalTransition
+from sealift.errors import IllegalTransition, SealiftError
 
 SLOT_BYTES, SLOTS = 512, 8
 _BODY = struct.Struct(">4sBB16sQQ")
@@ -115,7 +115,8 @@ class CommitLog:
     def write(self, mark: Mark, at: float) -> None:
         """Make ``mark`` durable; when this returns it is on the disk. Writing the newest mark again does nothing.
 
-        Raises IllegalTransition, changing nothing, when the mark may not follow the newest one.
+        Raises IllegalTransition, changing nothing, when the mark may not follow the newest one, and SealiftError when
+        the disk failed: then the mark does not count, and the next write takes its slot.
         """
         if mark is self.last:
             return
@@ -123,12 +124,16 @@ class CommitLog:
             raise IllegalTransition(f"attempt {self.attempt}: {mark.name} cannot follow {self.last and self.last.name}")
         slot = len(self.entries)
         block = encode_slot(slot, mark, self.attempt, self.fence, at)
-        fd = os.open(self.path, os.O_WRONLY | os.O_DSYNC | os.O_CLOEXEC)
         try:
-            if os.pwrite(fd, block, slot * SLOT_BYTES) != SLOT_BYTES:
-                raise OSError(f"{self.path}: short write")
-        finally:
-            os.close(fd)
+            fd = os.open(self.path, os.O_WRONLY | os.O_DSYNC | os.O_CLOEXEC)
+            try:
+                written = os.pwrite(fd, block, slot * SLOT_BYTES)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise SealiftError(f"{mark.name} could not be written to {self.path}: {error.strerror}") from error
+        if written != SLOT_BYTES:
+            raise SealiftError(f"{mark.name} was not written whole to {self.path}")
         self.entries.append(Entry(mark, at))
 
 

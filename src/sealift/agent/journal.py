@@ -173,8 +173,8 @@ class Journal:
 
 
 def unfinished(row: MoveRow) -> bool:
-    """Whether the attempt still needs this agent."""
-    return row.status.state not in MOVE_FINAL | {MoveState.UNKNOWN}
+    """Whether the attempt still needs this agent; what could not be settled before is looked at again."""
+    return row.status.state not in MOVE_FINAL
 
 
 def aborted_unseen(attempt: UUID, role: Role) -> MoveStatus:

@@ -14,6 +14,7 @@ from sealift.agent.commitlog import CommitLog
 from sealift.agent.journal import Journal, MoveRow
 from sealift.agent.vms import Vms
 from sealift.agent.watch import Watch
+from sealift.channel.doorman import remove_dead_doors
 from sealift.channel.relay_client import RelayClient
 from sealift.domain.move import MOVE_FINAL, MoveOrder, MoveState, MoveStatus, Progress
 from sealift.errors import ChannelError, SealiftError
@@ -32,6 +33,7 @@ class Parts:
     log: CommitLog
     journal: Journal
     vms: Vms
+    doors: str
     recovered: bool
 
 
@@ -44,7 +46,7 @@ class Move:
         self.vm, self.vms, self.log = parts.vm, parts.vms, parts.log
         self.recovered, self.now = parts.recovered, now
         self.watch = Watch(parts.vm, parts.relay)
-        self._row, self._relay, self._journal = parts.row, parts.relay, parts.journal
+        self._row, self._relay, self._journal, self._doors = parts.row, parts.relay, parts.journal, parts.doors
 
     @property
     def status(self) -> MoveStatus:
@@ -92,6 +94,7 @@ class Move:
             except ChannelError as failure:  # it has ended by itself, which is what we want of it
                 log.info("relay.gone", attempt=str(self.order.attempt), what=str(failure))
         shutil.rmtree(self.directory, ignore_errors=True)
+        remove_dead_doors(self._doors)
         await self.settle(state)
         self.note(state, error=error)
         if error is not None:
@@ -101,5 +104,5 @@ class Move:
         """What else is this side's to put in order before the final state is said."""
 
     async def run(self) -> None:
-        """Go on from wherever the facts stand to a final state, or to UNKNOWN; never raises."""
+        """Go on from wherever the facts stand to a final state, or to UNKNOWN."""
         raise NotImplementedError

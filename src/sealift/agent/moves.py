@@ -18,6 +18,7 @@ from sealift.agent.settings import AgentSettings
 from sealift.agent.source import SourceMove
 from sealift.agent.target import TargetMove
 from sealift.agent.vms import Vms
+from sealift.channel.doorman import door_path, remove_dead_doors
 from sealift.channel.protocol import CHANNEL_VERSION, ChannelSpec
 from sealift.channel.protocol import Plan as ChannelPlan
 from sealift.channel.relay_client import RelayClient, start_relay
@@ -40,6 +41,7 @@ from sealift.hypervisor.base import Hypervisor, Vm
 log = structlog.get_logger()
 
 _ANSWER_S = 45.0
+_AGAIN_S = 1.0
 
 
 class Moves:
@@ -165,7 +167,7 @@ class Moves:
             directory=str(row.directory),
             qemu_pid=vm.process.pid,
             target=order.target_address if role is Role.SOURCE else "",
-            door=str(self._settings.doors / f"{route.hex()}.sock") if role is Role.TARGET else "",
+            door=door_path(str(self._settings.doors), route) if role is Role.TARGET else "",
             source_address="" if sealed or role is Role.SOURCE else order.source_address,
         )
         logs = self._settings.state_directory / "relays"
@@ -175,7 +177,7 @@ class Moves:
         return await RelayClient.connect(str(row.directory))
 
     def _parts(self, row: MoveRow, vm: Vm, relay: RelayClient | None, commits: CommitLog, *, recovered: bool) -> Parts:
-        return Parts(row, vm, relay, commits, self._journal, self._vms, recovered)
+        return Parts(row, vm, relay, commits, self._journal, self._vms, str(self._settings.doors), recovered)
 
     async def _begin(self, move: Move) -> MoveStatus:
         self._moves[move.order.attempt] = move
@@ -187,7 +189,14 @@ class Moves:
     async def _run(self, move: Move) -> None:
         attempt = move.order.attempt
         try:
-            await move.run()
+            while not move.ended:
+                try:
+                    await move.run()
+                    break
+                except SealiftError as error:  # QEMU or the disk did not do its part: look again, from the facts
+                    move.note(move.status.state, error=error)
+                    move.recovered = True
+                    await asyncio.sleep(_AGAIN_S)
         except Exception as error:  # a defect: the move stays as it is, for a person to look at, and is not guessed at
             log.exception("move.defect", attempt=str(attempt))
             move.note(MoveState.UNKNOWN, error=SealiftError(f"a defect in the agent: {type(error).__name__}"))
@@ -280,6 +289,7 @@ class Moves:
 
     async def recover(self) -> None:
         """Take up every attempt that an earlier agent left; to be called after ``Vms.adopt``."""
+        remove_dead_doors(str(self._settings.doors))
         for row in self._journal.moves():
             if not unfinished(row):
                 self._ended[row.status.attempt] = row.status

@@ -35,7 +35,7 @@ class SourceMove(Move):
     """One attempt, as the source. ``run`` goes from wherever the facts stand to a final state."""
 
     async def run(self) -> None:
-        """Never raises a SealiftError: how it ended is in ``status``."""
+        """How it ended is in ``status``. Raises HypervisorError when QEMU does not answer; run it again then."""
         if self.log.last is Mark.RELEASED:  # the agent was restarted between the mark and the end
             await self.finish(MoveState.DONE)
             return

@@ -31,7 +31,7 @@ class TargetMove(Move):
     """One attempt, as the target. ``run`` goes from wherever the facts stand to a final state."""
 
     async def run(self) -> None:
-        """Never raises: how it ended is in ``status``."""
+        """How it ended is in ``status``. Raises HypervisorError when QEMU does not answer; run it again then."""
         if self.log.last in (None, Mark.READY):
             try:
                 await self._receive()

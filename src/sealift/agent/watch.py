@@ -13,7 +13,7 @@ from typing import Any
 
 from sealift.channel.relay_client import RelayClient
 from sealift.domain.move import Answer
-from sealift.errors import ChannelError, HypervisorError, QemuGone, RelayGone, from_slug
+from sealift.errors import ChannelError, Conflict, HypervisorError, QemuGone, RelayGone, from_slug
 from sealift.hypervisor.base import RECONNECTED, MigrationInfo, QmpEvent, Vm
 
 _POLL_S = 0.2
@@ -76,6 +76,9 @@ class Watch:
             await self._relay.send({"type": kind, **members})
         except ChannelError as error:
             self._break(error)
+            return False
+        except Conflict as error:  # its channels are closed, and its word on why is still under way to us
+            self._break(ChannelError(error.what))
             return False
         return True
 

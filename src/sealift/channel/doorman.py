@@ -34,6 +34,20 @@ def door_path(doors: str, route: bytes) -> str:
     return os.path.join(doors, route.hex() + ".sock")
 
 
+def remove_dead_doors(doors: str) -> None:
+    """Remove the doors whose relay was killed before it could; a door that anybody holds stays."""
+    for name in os.listdir(doors):
+        path = os.path.join(doors, name)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as visitor:
+            try:
+                visitor.connect(path)
+            except ConnectionRefusedError:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            except FileNotFoundError:
+                pass  # its relay was quicker
+
+
 class _Visitor:
     """A connection whose preface is not complete."""
 

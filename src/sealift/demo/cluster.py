@@ -120,11 +120,13 @@ class Cluster:
 
     def start_controller(self) -> None:
         """Start the controller's process and wait until it answers."""
-        self._controller = self._spawn(
-            self.argv("controller", "run", "--state", str(self.directory / "controller")),
-            self.directory / "controller.log",
-        )
-        self._until_listening(self._controller, self.port, self.directory / "controller.log")
+        argv = self.argv("controller", "run", "--state", str(self.directory / "controller"))
+        self.take_controller(self._spawn(argv, self.directory / "controller.log"))
+
+    def take_controller(self, process: subprocess.Popen[bytes]) -> None:
+        """Use a controller that somebody else started on our state directory; returns when it listens."""
+        self._controller = process
+        self._until_listening(process, self.port, self.directory / "controller.log")
 
     def kill_controller(self, number: int = signal.SIGKILL) -> None:
         """End the controller's process by a signal and wait until it is gone."""

@@ -1,0 +1,122 @@
+"""The key is nowhere it may not be, processes that hold it cannot be dumped, and a VM let go stays let go."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import subprocess
+import sys
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from pydantic import TypeAdapter
+
+from sealift.controller.services import open_services
+from sealift.demo.cluster import Cluster
+from sealift.demo.guest import GuestImage
+from sealift.domain.vm import VmConfig
+from sealift.errors import StaleFence, VmLetGo
+from support.running_guest import Guest, relay_pids
+
+pytestmark = pytest.mark.qemu
+
+
+def _processes(guest: Guest) -> dict[str, int]:
+    """Every process that has something to do with a move of the guest, by role."""
+    found = {"controller": guest.cluster.controller_pid}
+    for host in guest.cluster.hosts.values():
+        assert host.process is not None
+        found[f"agent {host.name}"] = host.process.pid
+        found[f"doorman {host.name}"] = int((host.run / "doorman.lock").read_text())
+        for pid in relay_pids(host):
+            found[f"relay {host.name}"] = pid
+        if (pid := guest.qemu(host)) is not None:
+            found[f"qemu {host.name}"] = pid
+    return found
+
+
+def _spellings(raw: bytes) -> list[bytes]:
+    """How bytes may be written: raw, hex, base64."""
+    plain = [raw, raw.hex().encode(), raw.hex().upper().encode()]
+    return [*plain, base64.b64encode(raw).rstrip(b"="), base64.urlsafe_b64encode(raw).rstrip(b"=")]
+
+
+def test_the_one_time_key_is_in_no_file_argument_or_environment(guest: Guest) -> None:
+    key, nonce = os.urandom(32), os.urandom(8)
+    forms = _spellings(key) + _spellings(nonce)
+    cluster = guest.cluster
+    cluster.kill_controller()
+    with (cluster.directory / "controller.log").open("ab") as log:
+        controller = subprocess.Popen(
+            [sys.executable, "-m", "support.known_key_controller", str(cluster.directory / "controller")],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+        )
+    assert controller.stdin is not None
+    controller.stdin.write(key + nonce)
+    controller.stdin.close()
+    cluster.take_controller(controller)
+    source, target = guest.host, guest.other()
+    ident = guest.begin(target, "--bandwidth", "20M")
+    processes = _processes(guest)
+    assert {"relay a", "relay b", "qemu a", "qemu b"} <= set(processes)
+    for role, pid in processes.items():
+        seen = b"".join((Path("/proc") / str(pid) / name).read_bytes() for name in ("cmdline", "environ"))
+        assert not [form for form in forms if form in seen], f"the key is in the arguments or environment of {role}"
+    assert guest.wait(ident)["state"] == "done"
+    assert guest.nothing_left(source)
+    cluster.kill_controller()
+    files = [path for path in cluster.directory.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"agent.db", "agent.log", "controller.log"}
+    for path in files:
+        content = path.read_bytes()
+        assert not [form for form in forms if form in content], f"the key is in {path}"
+    cluster.start_controller()
+
+
+def test_processes_that_hold_keys_leave_no_core_dumps(guest: Guest) -> None:
+    ident = guest.begin(guest.other(), "--bandwidth", "12M")
+    for role, pid in _processes(guest).items():
+        if role.split()[0] in ("controller", "agent", "relay"):
+            limits = (Path("/proc") / str(pid) / "limits").read_text()
+            (line,) = [line for line in limits.splitlines() if line.startswith("Max core file size")]
+            assert line.split()[4:6] == ["0", "0"], f"{role} may dump core"
+    guest.cluster.sealift("migration", "cancel", ident)
+    guest.wait(ident)
+
+
+def test_a_vm_that_was_let_go_cannot_be_started_at_its_source_by_any_order(
+    cluster: Cluster, guest_image: GuestImage
+) -> None:
+    guest = Guest(cluster, guest_image, "let-go", host="a")
+    try:
+        guest.make_run()
+        config = TypeAdapter(VmConfig).validate_python(guest.show()["config"])
+        guest.migrate(cluster.hosts["b"])
+
+        async def try_it() -> None:
+            services = await open_services(cluster.directory / "controller")
+            try:
+                agent = services.inventory.link(await services.inventory.host_row("a"))
+                with pytest.raises(VmLetGo, match="let go"):
+                    await agent.start(UUID(guest.uuid), fence=1000)
+                with pytest.raises(StaleFence):
+                    await agent.start(UUID(guest.uuid), fence=999)
+                await agent.define(config, fence=1000)
+                with pytest.raises(VmLetGo, match="let go"):
+                    await agent.start(UUID(guest.uuid), fence=1000)
+                await agent.delete(UUID(guest.uuid), fence=1000)
+            finally:
+                await services.close()
+
+        asyncio.run(try_it())
+        assert guest.copies() == ["b"]
+        assert guest.unharmed()
+    finally:
+        guest.close()
+        cluster.sealift("vm", "stop", "let-go", "--force", check=False)
+        cluster.sealift("vm", "delete", "let-go", check=False)
