@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -64,7 +66,9 @@ def test_a_frozen_target_relay_is_given_up(guest: Guest) -> None:
         record = guest.wait(ident, "failed", timeout=40)
         assert "peer_silent" in record["error"]
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    until(lambda: not Path(f"/proc/{pid}").exists(), "a relay that does not answer is ended, with its key")
     failed_at_the_source(guest, ident, source, target)
 
 

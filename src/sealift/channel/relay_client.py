@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 from typing import Any, Final, Literal
 
@@ -17,7 +18,8 @@ from sealift.channel.relay_spec import RelaySpec, encode_handover
 from sealift.errors import RelayGone, from_slug
 
 _START_S: Final = 10.0
-_REQUEST_S: Final = 10.0
+_REQUEST_S: Final = 3.0
+_CLOSE_S: Final = 8.0
 _MAX_LINE: Final = 16 << 20
 _SPEC_FD: Final = 3
 
@@ -175,6 +177,18 @@ class _Line:
             self._streams = None
 
 
+def _kill_listener(path: str) -> None:
+    """Kill the process that listens at a UNIX socket, if there is one."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+        link.setblocking(False)
+        try:
+            link.connect(path)  # the kernel answers for a process that is stopped, and says which it is
+            pid, _, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            return
+
+
 class RelayClient:
     """Talks to the relay (or splice) of one move; usable again and again, also by an agent that did not start it.
 
@@ -183,9 +197,9 @@ class RelayClient:
     """
 
     def __init__(self, directory: str) -> None:
-        path = os.path.join(directory, SOCKET_NAME)
-        self._asking = _Line(path)
-        self._waiting = _Line(path)
+        self._path = os.path.join(directory, SOCKET_NAME)
+        self._asking = _Line(self._path)
+        self._waiting = _Line(self._path)
 
     @classmethod
     async def connect(cls, directory: str) -> RelayClient:
@@ -213,11 +227,14 @@ class RelayClient:
         await self._asking.ask({"op": "abort", "reason": reason}, _REQUEST_S)
 
     async def close(self) -> None:
-        """Let the process shut everything, remove its sockets and end; fine if it has ended already."""
+        """Let the process shut everything, remove its sockets and end; fine if it has ended already.
+
+        One that does not answer is killed: it holds a key, and must not outlive its move.
+        """
         try:
-            await self._asking.ask({"op": "close"}, _REQUEST_S)
+            await self._asking.ask({"op": "close"}, _CLOSE_S)
         except RelayGone:
-            pass
+            _kill_listener(self._path)
         finally:
             self.hang_up()
 
