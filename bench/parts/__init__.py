@@ -1,0 +1,1 @@
+"""What the benchmarks are made of; the programs are the files in bench/."""
