@@ -27,6 +27,7 @@ from sealift.errors import (
 _CONNECT_S = 15.0
 _RETRY_S = 1.0
 _SETTLE_S = 0.1
+_REASON_S = 1.0
 _HANDED_OVER_S = 0.002
 _HANDED_OVER = frozenset({"finish-migrate", "postmigrate"})
 
@@ -65,6 +66,8 @@ class SourceMove(Move):
             if watch.qemu_gone:
                 raise QemuGone(f"the QEMU of VM {self.order.vm_name} on {self.order.source_name} has ended")
             if status in ("none", "failed", "cancelled"):
+                # A relay closes QEMU's sockets before it says why; its word is the better one.
+                await watch.until(lambda: watch.broken is not None, _REASON_S)
                 raise watch.broken or MigrationFailed(f"QEMU ended the migration: {watch.info.error or status}")
             if status == "completed" and watch.runstate == "running":
                 raise MigrationFailed("the agent was restarted before the migration began")

@@ -1,0 +1,25 @@
+"""The demonstration as a stranger runs it: it ends well, and its proofs hold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from sealift.demo.cluster import Cluster
+from sealift.demo.guest import GuestImage
+from support.guest import CACHE
+
+pytestmark = pytest.mark.qemu
+
+
+@pytest.mark.timeout(300)
+def test_the_demonstration_proves_what_it_says(guest_image: GuestImage) -> None:
+    environment = {**os.environ, "SEALIFT_CACHE": str(CACHE)}
+    done = subprocess.run(Cluster.argv("demo"), capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout
+    assert done.stdout.count("proved") >= 9
+    assert "PLAIN" in done.stdout
+    assert "What was measured" in done.stdout
