@@ -177,16 +177,28 @@ class _Line:
             self._streams = None
 
 
-def _kill_listener(path: str) -> None:
-    """Kill the process that listens at a UNIX socket, if there is one."""
+async def _kill_listener(path: str) -> None:
+    """Kill the process that listens at a UNIX socket, if there is one; it is gone on return, and with it its sockets."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.setblocking(False)
         try:
             link.connect(path)  # the kernel answers for a process that is stopped, and says which it is
             pid, _, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            os.kill(pid, signal.SIGKILL)
+            pidfd = os.pidfd_open(pid)
         except OSError:
             return
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(pidfd, gone.set)
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        async with asyncio.timeout(_CLOSE_S):
+            await gone.wait()
+    except (ProcessLookupError, TimeoutError):
+        return
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
 
 
 class RelayClient:
@@ -234,7 +246,7 @@ class RelayClient:
         try:
             await self._asking.ask({"op": "close"}, _CLOSE_S)
         except RelayGone:
-            _kill_listener(self._path)
+            await _kill_listener(self._path)
         finally:
             self.hang_up()
 
