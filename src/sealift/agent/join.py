@@ -109,14 +109,17 @@ async def _pinned_authority(url: str, token: Token) -> str:
     blind.check_hostname = False
     blind.verify_mode = ssl.CERT_NONE  # the fingerprint below is the check
     answer = await _ask(url, "GET", "/api/v1/authority", blind, None)
-    pem = answer["certificate"]
-    certificate = x509.load_pem_x509_certificate(pem.encode())
+    try:
+        certificate = x509.load_pem_x509_certificate(str(answer["certificate"]).encode())
+    except (ValueError, KeyError):
+        raise ControllerUnreachable(f"what answers at {url} is no controller", todo="check the address") from None
     if hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).digest() != token.fingerprint:
         raise FingerprintMismatch(
             f"the controller at {url} is not the one this token is for; the token was not sent",
             todo="check the address; if it is right, somebody sits in between",
         )
-    return str(pem)
+    # Encoded anew: what came may hold a second certificate, of somebody who sits in between, and would be trusted too.
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
 async def _ask(url: str, method: str, path: str, context: ssl.SSLContext, body: object) -> dict[str, str]:
@@ -129,7 +132,12 @@ async def _ask(url: str, method: str, path: str, context: ssl.SSLContext, body: 
             ) from None
     if response.is_error:
         raise from_problem(response.content, response.status_code)
-    document: dict[str, str] = response.json()
+    try:
+        document = response.json()
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise ControllerUnreachable(f"what answers at {url} is no controller", todo="check the address")
     return document
 
 
