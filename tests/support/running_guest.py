@@ -150,8 +150,16 @@ class Guest:
 
 
 def left_behind(host: Host) -> list[str]:
-    """What moves have left in a host's run directory."""
-    return [str(path) for place in ("moves", "doors") for path in (host.run / place).rglob("*")]
+    """What moves have left on a host: sockets, directories, logs of relays and of QEMUs that never were a VM's."""
+    places = [host.run / "moves", host.run / "doors", host.state / "relays"]
+    found = [str(path) for place in places for path in place.rglob("*")]
+    journal = Journal(host.state / "agent.db")
+    try:
+        here = {str(uuid) for uuid in journal.vms()}
+    finally:
+        journal.close()
+    found += [str(path) for path in host.state.glob("vms/*/qemu.log") if path.parent.name not in here]
+    return found
 
 
 def relay_pids(host: Host) -> list[int]:

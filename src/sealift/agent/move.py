@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -12,15 +13,23 @@ import structlog
 
 from sealift.agent.commitlog import CommitLog
 from sealift.agent.journal import Journal, MoveRow
+from sealift.agent.settings import AgentSettings
 from sealift.agent.vms import Vms
 from sealift.agent.watch import Watch
 from sealift.channel.doorman import remove_dead_doors
 from sealift.channel.relay_client import RelayClient
-from sealift.domain.move import MOVE_FINAL, MoveOrder, MoveState, MoveStatus, Progress
+from sealift.domain.move import MOVE_FINAL, MoveOrder, MoveState, MoveStatus, Progress, Role
 from sealift.errors import ChannelError, SealiftError
 from sealift.hypervisor.base import Vm
 
 log = structlog.get_logger()
+
+_FOLDED_BYTES = 2000
+
+
+def relay_log(directory: Path, order: MoveOrder, role: Role) -> Path:
+    """Where one relay's complaints go while it lives."""
+    return directory / f"{order.attempt}-{role.value}.log"
 
 
 @dataclass
@@ -33,7 +42,7 @@ class Parts:
     log: CommitLog
     journal: Journal
     vms: Vms
-    doors: str
+    settings: AgentSettings
     recovered: bool
 
 
@@ -46,7 +55,7 @@ class Move:
         self.vm, self.vms, self.log = parts.vm, parts.vms, parts.log
         self.recovered, self.now = parts.recovered, now
         self.watch = Watch(parts.vm, parts.relay)
-        self._row, self._relay, self._journal, self._doors = parts.row, parts.relay, parts.journal, parts.doors
+        self._row, self._relay, self._journal, self._settings = parts.row, parts.relay, parts.journal, parts.settings
 
     @property
     def status(self) -> MoveStatus:
@@ -94,11 +103,20 @@ class Move:
             except ChannelError as failure:  # it has ended by itself, which is what we want of it
                 log.info("relay.gone", attempt=str(self.order.attempt), what=str(failure))
         shutil.rmtree(self.directory, ignore_errors=True)
-        remove_dead_doors(self._doors)
+        remove_dead_doors(str(self._settings.doors))
+        self.fold(relay_log(self._settings.relay_logs, self.order, self._row.status.role))
         await self.settle(state)
         self.note(state, error=error)
         if error is not None:
             log.warning("move.ended", vm=self.order.vm_name, state=state.value, slug=error.slug, what=error.what)
+
+    def fold(self, path: Path) -> None:
+        """Take a log file of this move into the agent's own, and remove it: a move leaves no file behind."""
+        with contextlib.suppress(FileNotFoundError):
+            tail = path.read_bytes()[-_FOLDED_BYTES:].decode(errors="replace").strip()
+            if tail:
+                log.info("move.log", attempt=str(self.order.attempt), file=path.name, tail=tail)
+            path.unlink()
 
     async def settle(self, state: MoveState) -> None:
         """What else is this side's to put in order before the final state is said."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
+from pathlib import Path
 from typing import Literal
 from uuid import UUID
 
@@ -12,7 +13,7 @@ import structlog
 
 from sealift.agent.commitlog import CommitLog, Mark, prune
 from sealift.agent.journal import Journal, MoveRow, aborted_unseen, unfinished
-from sealift.agent.move import Move, Parts
+from sealift.agent.move import Move, Parts, relay_log
 from sealift.agent.recovery import ended, without_qemu
 from sealift.agent.settings import AgentSettings
 from sealift.agent.source import SourceMove
@@ -170,14 +171,13 @@ class Moves:
             door=door_path(str(self._settings.doors), route) if role is Role.TARGET else "",
             source_address="" if sealed or role is Role.SOURCE else order.source_address,
         )
-        logs = self._settings.state_directory / "relays"
-        logs.mkdir(exist_ok=True, mode=0o700)
+        self._settings.relay_logs.mkdir(exist_ok=True, mode=0o700)
         kind: Literal["relay", "splice"] = "relay" if sealed else "splice"
-        await start_relay(kind, spec, raw, str(logs / f"{order.attempt}-{role.value}.log"))
+        await start_relay(kind, spec, raw, str(relay_log(self._settings.relay_logs, order, role)))
         return await RelayClient.connect(str(row.directory))
 
     def _parts(self, row: MoveRow, vm: Vm, relay: RelayClient | None, commits: CommitLog, *, recovered: bool) -> Parts:
-        return Parts(row, vm, relay, commits, self._journal, self._vms, str(self._settings.doors), recovered)
+        return Parts(row, vm, relay, commits, self._journal, self._vms, self._settings, recovered)
 
     async def _begin(self, move: Move) -> MoveStatus:
         self._moves[move.order.attempt] = move
@@ -279,7 +279,7 @@ class Moves:
         self._ended.pop(attempt, None)
         self._tasks.pop(attempt, None)
         if row is not None:
-            await asyncio.to_thread(prune, self._vms.commits(row.order.vm))
+            await asyncio.to_thread(_put_away, self._vms.commits(row.order.vm), row)
 
     async def _ended_or_late(self, move: Move) -> None:
         task = self._tasks[move.order.attempt]
@@ -345,6 +345,16 @@ class Moves:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for move in self._moves.values():
             await move.watch.close()
+
+
+def _put_away(directory: Path, row: MoveRow) -> None:
+    """Keep of a VM's commit logs what can still decide: not that of a target which aborted."""
+    log_file = CommitLog(directory, row.status.role, row.order.attempt, row.order.fence)
+    if row.status.role is Role.TARGET and log_file.last in (None, Mark.ABORTED, Mark.REVOKED):
+        log_file.path.unlink()
+    prune(directory)
+    if not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def _raw(secret: MoveSecret) -> bytes:

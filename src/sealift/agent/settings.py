@@ -50,6 +50,10 @@ class AgentSettings:
         return self.state_directory / "commits"
 
     @property
+    def relay_logs(self) -> Path:
+        return self.state_directory / "relays"
+
+    @property
     def doors(self) -> Path:
         return self.run_directory / "doors"
 

@@ -7,6 +7,7 @@ and reaped, so whoever reads the answer knows that no copy is left here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from sealift.agent.commitlog import Mark
 from sealift.agent.move import Move
@@ -149,6 +150,18 @@ class TargetMove(Move):
         if not isinstance(failure, MigrationFailed):
             failure = MigrationFailed(f"{failure.what} [{failure.slug}]", todo=failure.todo)
         await self.finish(MoveState.FAILED, failure)
+
+    async def settle(self, state: MoveState) -> None:
+        """Nothing of a VM that is not this host's stays here, but for the console of an earlier stay."""
+        if state is not MoveState.FAILED:
+            return
+        paths = self.vms.paths(self.order.vm)
+        self.fold(paths.log)
+        if paths.serial.exists() and not paths.serial.stat().st_size:
+            paths.serial.unlink()
+        for directory in (paths.directory, paths.log.parent):
+            with contextlib.suppress(OSError):  # an earlier stay left something in it
+                directory.rmdir()
 
     async def _tell(self, answer: Answer, *, reason: str = "") -> None:
         self.note(self.status.state, answer=answer)

@@ -190,6 +190,7 @@ class Vms:
         await self._end(vm)
         self._journal.drop_vm(vm)
         self._rows.pop(vm, None)
+        self.paths(vm).log.unlink(missing_ok=True)
 
     async def _end(self, vm: UUID) -> None:
         handle = self._handles.pop(vm, None)

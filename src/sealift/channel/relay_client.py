@@ -178,7 +178,7 @@ class _Line:
 
 
 async def _kill_listener(path: str) -> None:
-    """Kill the process that listens at a UNIX socket, if there is one; it is gone on return, and with it its sockets."""
+    """Kill the process that listens at a UNIX socket, if there is one; on return it and its sockets are gone."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.setblocking(False)
         try:
