@@ -98,13 +98,14 @@ def test_ctrl_c_cancels_and_says_where_the_vm_is(guest: Guest) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert command.stdout is not None
-    for line in command.stdout:
-        if "precopy" in line:
-            break
-    command.send_signal(signal.SIGINT)
-    rest = command.stdout.read()
-    assert command.wait(60) == MigrationCancelled.exit_code
+    with command:
+        assert command.stdout is not None
+        for line in command.stdout:
+            if "precopy" in line:
+                break
+        command.send_signal(signal.SIGINT)
+        rest = command.stdout.read()
+        assert command.wait(60) == MigrationCancelled.exit_code
     assert source.name in rest
     assert guest.copies() == [source.name]
 
