@@ -40,6 +40,7 @@ def _drain(listener: socket.socket, counts: list[int]) -> None:
     buffer = bytearray(_CHUNK)
     total = 0
     with sock:
+        sock.settimeout(_PATIENCE_S)
         while got := sock.recv_into(buffer):
             total += got
     counts.append(total)
