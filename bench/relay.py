@@ -24,7 +24,7 @@ from parts.relays import Kind
 
 from sealift.channel.relay_spec import RECORD_BYTES
 
-# Memory sizes are no multiples of 256 KiB: QEMU's last packet of several pages is then not full.
+# Memory is not a multiple of 256 KiB: under TCG, QEMU 7.2 loses writes of guests whose memory is one.
 _BYTES, _QUICK_BYTES = 2 << 30, 32 << 20
 _ODD = 8 << 10
 _STREAMS = (1, 4)

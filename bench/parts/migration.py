@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -94,7 +95,7 @@ async def _machine(record: HardwareRecord, directory: Path, *, memory: Path | No
     paths = VmPaths(directory, directory / "log", directory / "serial")
     args = hardware.argv(record, paths, incoming=memory is None, binary=_BINARY)
     if memory is not None:
-        (index,) = (n for n, arg in enumerate(args) if arg.startswith("memory-backend-memfd,"))
+        (index,) = (n for n, arg in enumerate(args) if re.match(r"memory-backend-\w+,id=ram0,", arg))
         # Private: what the firmware writes at reset must not change the file, which every run uses.
         size = record.config.memory_bytes // 1024
         args[index] = f"memory-backend-file,id=ram0,size={size}K,mem-path={memory},share=off,dump=off"
