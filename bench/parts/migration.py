@@ -18,6 +18,7 @@ import contextlib
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -104,8 +105,8 @@ async def _machine(record: HardwareRecord, directory: Path, *, memory: Path | No
     try:
         connected = await _connected(process, paths, record)
         yield connected
-    except BaseException:
-        print(paths.log.read_text(errors="replace"), end="")
+    except Exception:
+        print(paths.log.read_text(errors="replace"), end="", file=sys.stderr)
         raise
     finally:
         process.kill()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import signal
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -111,9 +112,17 @@ async def connected_pair(
         yield Pair(source, target)
         await source.client.close()
         await target.client.close()
+    except Exception:
+        _print(log)  # it goes away with the directory
+        raise
     finally:
         for process in reversed(processes):
             process.kill(signal.SIGTERM)
         for process in processes:
             if not await process.wait_exit(5):
                 process.kill()
+
+
+def _print(log: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        print(Path(log).read_text(errors="replace"), end="", file=sys.stderr)
