@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +122,34 @@ def test_a_vm_that_was_let_go_cannot_be_started_at_its_source_by_any_order(
         guest.close()
         cluster.sealift("vm", "stop", "let-go", "--force", check=False)
         cluster.sealift("vm", "delete", "let-go", check=False)
+
+
+def test_an_agent_listens_to_controllers_only(cluster: Cluster) -> None:
+    host = cluster.hosts["a"]
+    identity = host.state / "identity"
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.load_verify_locations(identity / "hosts.pem")
+    trusting.check_hostname = False
+    as_a_host = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    as_a_host.load_verify_locations(identity / "hosts.pem")
+    as_a_host.check_hostname = False
+    # A real certificate of this deployment, but of the hosts' authority: a compromised host is no controller.
+    as_a_host.load_cert_chain(identity / "certificate.pem", identity / "key.pem")
+    for context in (trusting, as_a_host):
+        with socket.create_connection(("127.0.0.1", host.port)) as tcp, context.wrap_socket(tcp) as tls:
+            assert tls.version() == "TLSv1.3"
+            with pytest.raises(ssl.SSLError):
+                tls.sendall(b"GET /v1/capabilities HTTP/1.1\r\nHost: a\r\n\r\n")
+                tls.recv(1)  # with TLS 1.3 a refusal comes here
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    old.check_hostname, old.verify_mode, old.maximum_version = False, ssl.CERT_NONE, ssl.TLSVersion.TLSv1_2
+    with socket.create_connection(("127.0.0.1", host.port)) as tcp, pytest.raises(ssl.SSLError):
+        old.wrap_socket(tcp)
+
+
+def test_what_a_host_keeps_secret_only_its_owner_may_read(cluster: Cluster) -> None:
+    for host in cluster.hosts.values():
+        for path in (host.state / "identity").iterdir():
+            assert path.stat().st_mode & 0o777 == 0o600, path
+        for directory in (host.state / "identity", host.run / "doors", host.run / "moves"):
+            assert directory.stat().st_mode & 0o777 == 0o700, directory

@@ -94,7 +94,7 @@ def test_the_whole_command_line_of_a_small_vm() -> None:
         *("-machine", "pc-q35-7.2,usb=off,dump-guest-core=off,memory-backend=ram0"),
         *("-cpu", "max,enforce"),
         *("-smp", "cpus=2,sockets=1,cores=2,threads=1,maxcpus=2"),
-        *("-object", "memory-backend-memfd,id=ram0,size=524280K,share=on,dump=off"),
+        *("-object", "memory-backend-ram,id=ram0,size=524280K,dump=off"),
         *("-m", "size=524280K"),
         *("-nodefaults", "-no-user-config", "-display", "none"),
         *("-rtc", "base=utc"),

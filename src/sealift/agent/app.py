@@ -133,9 +133,12 @@ def _add_moves(app: FastAPI, agent: Agent) -> None:
         order, secret = decode_spec(await _body(request))
         if order.attempt != attempt:
             raise InvalidInput("the order's path and specification name different attempts")
-        if role is Role.SOURCE:
-            return await moves.take_source(order, secret)
-        return await moves.take_target(order, secret)
+        try:
+            if role is Role.SOURCE:
+                return await moves.take_source(order, secret)
+            return await moves.take_target(order, secret)
+        finally:
+            secret.wipe()  # the relay has it now, or nobody
 
     @app.get("/v1/moves/{attempt}")
     async def status(attempt: UUID) -> MoveStatus:

@@ -6,12 +6,16 @@ inside a TLS 1.3 connection verified against that authority.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import ipaddress
 import json
 import os
+import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import httpx2
@@ -22,7 +26,7 @@ from cryptography.x509.oid import NameOID
 
 from sealift.agent.settings import AgentSettings
 from sealift.domain.token import Token
-from sealift.errors import Conflict, ControllerUnreachable, FingerprintMismatch, from_problem
+from sealift.errors import Conflict, ControllerUnreachable, FingerprintMismatch, InvalidInput, from_problem
 
 _TIMEOUT_S = 15
 
@@ -33,6 +37,7 @@ class Identity:
 
     host: UUID
     directory: Path
+    own_address: str  # the IP address from which this host reached the controller
 
     @property
     def certificate(self) -> Path:
@@ -65,17 +70,24 @@ def load_identity(directory: Path) -> Identity:
         raise Conflict(
             "this host has not joined a controller", todo="run `sealift agent join https://CONTROLLER --token -`"
         ) from None
-    return Identity(UUID(document["host"]), directory)
+    return Identity(UUID(document["host"]), directory, str(document["own_address"]))
 
 
 async def join(url: str, token: Token, settings: AgentSettings) -> Identity:
     """Join the controller at ``url`` and store the identity.
 
     The private key is made once and kept, so that asking again with the same token after a lost answer gets the same
-    certificate. Raises Conflict (joined already), FingerprintMismatch, ControllerUnreachable, and what the controller
-    refuses with: TokenInvalid, TokenUsed, TokenExpired, HostNameTaken.
+    certificate. Raises Conflict (joined already), InvalidInput (no address that others could call),
+    FingerprintMismatch, ControllerUnreachable, and what the controller refuses with: TokenInvalid, TokenUsed,
+    TokenExpired, HostNameTaken.
     """
-    directory = settings.identity
+    own = await asyncio.to_thread(own_address, url)
+    if ipaddress.ip_address(own).is_loopback and not (settings.address and settings.migration_address):
+        raise InvalidInput(
+            f"this host reaches the controller over {own}, where no other machine can call it",
+            todo="set address and migration_address in the agent's configuration, or join by another name",
+        )
+    settings, directory = settings.at(own), settings.identity
     if (directory / "host.json").exists():
         raise Conflict(f"this host has joined a controller already ({directory})", todo="remove that directory first")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -99,8 +111,21 @@ async def join(url: str, token: Token, settings: AgentSettings) -> Identity:
     store(directory / "certificate.pem", answer["certificate"])
     store(directory / "controllers.pem", answer["controllers_authority"])
     store(directory / "hosts.pem", answer["hosts_authority"])
-    store(directory / "host.json", json.dumps({"host": answer["host"], "name": answer["name"], "controller": url}))
+    store(directory / "host.json", json.dumps({"host": answer["host"], "name": answer["name"], "own_address": own}))
     return load_identity(directory)
+
+
+def own_address(url: str) -> str:
+    """The IP address from which this machine reaches the controller; raises ControllerUnreachable."""
+    parts = urlsplit(url)
+    try:
+        family, _, _, _, place = socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as route:
+            route.connect(place)  # sends nothing: a datagram socket only looks the route up
+            found: str = route.getsockname()[0]
+    except (OSError, ValueError) as error:
+        raise ControllerUnreachable(f"there is no way to the controller at {url}: {error}") from None
+    return found
 
 
 async def _pinned_authority(url: str, token: Token) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
+import socket
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
@@ -169,7 +170,7 @@ class Moves:
             qemu_pid=vm.process.pid,
             target=order.target_address if role is Role.SOURCE else "",
             door=door_path(str(self._settings.doors), route) if role is Role.TARGET else "",
-            source_address="" if sealed or role is Role.SOURCE else order.source_address,
+            source_address="" if sealed or role is Role.SOURCE else await _ip_address(order.source_address),
         )
         self._settings.relay_logs.mkdir(exist_ok=True, mode=0o700)
         kind: Literal["relay", "splice"] = "relay" if sealed else "splice"
@@ -355,6 +356,18 @@ def _put_away(directory: Path, row: MoveRow) -> None:
     prune(directory)
     if not any(directory.iterdir()):
         directory.rmdir()
+
+
+async def _ip_address(host: str) -> str:
+    """The IP address that a migration address names; raises PlanRefused when it names none."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise PlanRefused(
+            f"the source's migration address {host} cannot be resolved here: {error}",
+            todo="give the source an IP address as migration_address",
+        ) from None
+    return str(found[0][4][0])
 
 
 def _raw(secret: MoveSecret) -> bytes:

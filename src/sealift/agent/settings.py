@@ -3,18 +3,20 @@
 name = "host-a"                       # default: the machine's host name
 listen = "0.0.0.0:7420"               # controllers call here
 migration_listen = "0.0.0.0:7421"     # the doorman: other hosts' moves
-address = "host-a:7420"               # what controllers are told to call; default: name and port of `listen`
-migration_address = "10.0.0.1:7421"   # what other hosts are told to call; default: as `address`, doorman's port
+address = "host-a:7420"               # what controllers are told to call
+migration_address = "10.0.0.1:7421"   # what other hosts are told to call
 accelerator = "auto"                  # kvm, tcg or auto
 sealed_channel = true                 # false: this host says that it cannot seal moves
 qemu = "qemu-system-x86_64"
 run_directory = "/run/sealift"
+
+Both addresses default to the IP address from which this host reached the controller when it joined.
 """
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from sealift.channel.relay_spec import split_address
@@ -36,6 +38,16 @@ class AgentSettings:
     sealed_channel: bool = True
     qemu: str = "qemu-system-x86_64"
     run_directory: Path = Path("/run/sealift")
+
+    def at(self, own_address: str) -> AgentSettings:
+        """The settings with addresses that were left open: ``own_address``, an IP address, and the listeners' ports."""
+        host = f"[{own_address}]" if ":" in own_address else own_address
+        port, migration_port = split_address(self.listen)[1], split_address(self.migration_listen)[1]
+        return replace(
+            self,
+            address=self.address or f"{host}:{port}",
+            migration_address=self.migration_address or f"{host}:{migration_port}",
+        )
 
     @property
     def database(self) -> Path:
@@ -79,12 +91,7 @@ def parse_settings(text: str, *, hostname: str, state_directory: Path) -> AgentS
             raise InvalidInput("the agent's configuration: accelerator is kvm, tcg or auto") from None
     if "run_directory" in table:
         table["run_directory"] = Path(table["run_directory"])
-    settings = AgentSettings(state_directory=state_directory, **table)
-    port = split_address(settings.listen)[1]
-    doorman_port = split_address(settings.migration_listen)[1]
-    address = settings.address or f"{hostname}:{port}"
-    host, _ = split_address(address)
-    migration_address = settings.migration_address or f"{host}:{doorman_port}"
-    split_address(migration_address)
-    table.update(address=address, migration_address=migration_address)
+    for key in ("listen", "migration_listen", "address", "migration_address"):
+        if key in table:
+            split_address(table[key])
     return AgentSettings(state_directory=state_directory, **table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,8 @@ class Vms:
         if handle is not None:
             await handle.quit()
             await handle.close()
+        with contextlib.suppress(OSError):  # not there, or somebody's rescue connection is
+            self.paths(vm).directory.rmdir()
         if vm in self._rows and self._rows[vm].process is not None:
             self._put(replace(self._rows[vm], process=None))
 

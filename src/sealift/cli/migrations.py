@@ -26,7 +26,7 @@ SHORT = 8
 @click.option("--dry-run", is_flag=True, help="Only plan it, and say what would be done.")
 @click.option("--bandwidth", default="0", metavar="RATE", help="At most so much each second, such as 2G or 10Gbit.")
 @click.option("--max-downtime", default="300ms", metavar="TIME", show_default=True, help="How long it may stand still.")
-@click.option("--channels", default=1, type=click.IntRange(1, 255), show_default=True, help="Data streams in parallel.")
+@click.option("--channels", default=1, type=click.IntRange(1, 64), show_default=True, help="Data streams in parallel.")
 @click.option("--detach", is_flag=True, help="Begin it, and do not wait for the end.")
 @json_option
 @pass_output

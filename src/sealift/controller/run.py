@@ -25,9 +25,7 @@ from sealift.domain.move import (
     MoveOrder,
     MoveSecret,
     MoveState,
-    PlainToken,
     Role,
-    SealedSecret,
     encode_spec,
 )
 from sealift.domain.policy import Plain, Refused, Sealed
@@ -106,7 +104,7 @@ class Run:
         order = _order(watch.row, planned)
         secret = self._tools.draw(order.protection)
         spec = encode_spec(order, secret)
-        _wipe(secret)
+        secret.wipe()
         source_may_have_it = False
         try:
             watch.target = await watch.link(Role.TARGET).order(Role.TARGET, attempt, order.fence, spec)
@@ -183,12 +181,3 @@ def _order(row: MigrationRow, planned: Planned) -> MoveOrder:
         limits=ChannelLimits(),
         hardware=planned.hardware,
     )
-
-
-def _wipe(secret: MoveSecret) -> None:
-    match secret:
-        case SealedSecret(key, nonce):
-            key.wipe()
-            nonce.wipe()
-        case PlainToken(token):
-            token.wipe()

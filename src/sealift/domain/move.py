@@ -82,12 +82,21 @@ class SealedSecret:
     key: Secret
     nonce: Secret
 
+    def wipe(self) -> None:
+        """Overwrite both."""
+        self.key.wipe()
+        self.nonce.wipe()
+
 
 @dataclass(frozen=True)
 class PlainToken:
     """The one-time token of a plain move: access control, not secrecy."""
 
     token: Secret
+
+    def wipe(self) -> None:
+        """Overwrite it."""
+        self.token.wipe()
 
 
 MoveSecret = SealedSecret | PlainToken

@@ -41,6 +41,7 @@ def run(settings: AgentSettings) -> None:
     Running VMs and moves go on when this returns, and when it is killed.
     """
     identity = load_identity(settings.identity)
+    settings = settings.at(identity.own_address)
     for directory in (settings.run_directory, settings.doors, settings.run_directory / "moves"):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (settings.state_directory / "agent.lock").open("w") as lock:

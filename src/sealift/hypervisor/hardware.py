@@ -114,7 +114,7 @@ def argv(
         *("-machine", f"{record.machine},usb=off,dump-guest-core=off,memory-backend=ram0"),
         *("-cpu", record.cpu),
         *("-smp", f"cpus={config.vcpus},sockets=1,cores={config.vcpus},threads=1,maxcpus={config.vcpus}"),
-        *("-object", f"memory-backend-memfd,id=ram0,size={memory}K,share=on,dump=off"),
+        *("-object", f"memory-backend-ram,id=ram0,size={memory}K,dump=off"),
         *("-m", f"size={memory}K"),
         *("-nodefaults", "-no-user-config", "-display", "none"),
         *("-rtc", "base=utc"),
