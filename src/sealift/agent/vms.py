@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -169,7 +170,7 @@ class Vms:
             return await self.status(vm)
 
     async def delete(self, vm: UUID) -> None:
-        """Forget a stopped VM; its disks stay. Raises Conflict while it runs or moves."""
+        """Forget a stopped VM and its logs; its disks stay. Raises Conflict while it runs or moves."""
         async with self._lock(vm):
             row = self.row(vm)
             self._refuse_busy(vm, row)
@@ -179,6 +180,7 @@ class Vms:
             await self._end(vm)
             self._journal.drop_vm(vm)
             del self._rows[vm]
+            await asyncio.to_thread(shutil.rmtree, self.paths(vm).log.parent)
 
     def take_in(self, hardware: HardwareRecord, handle: Vm | None) -> None:
         """The VM of a committed move is this host's from now on; without a handle its QEMU is gone already."""
