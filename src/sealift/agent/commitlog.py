@@ -14,11 +14,13 @@ filled in order, each one
     480     32    SHA-256 over bytes 0-479
 
 An empty slot is all zero. A slot that is neither empty nor whole is a torn write of the last mark: it never took
-effect, because every effect waits for the write to return, so it reads as absent.
+effect, because every effect waits for the write to return, so it reads as absent. With anything behind it, it is no
+torn write but damage, and nothing is concluded from the file.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -75,17 +77,26 @@ def encode_slot(slot: int, mark: Mark, attempt: UUID, fence: int, at: float) -> 
 
 
 def decode(raw: bytes, attempt: UUID, fence: int) -> list[Entry]:
-    """The marks of a file, oldest first; reading ends at the first slot that is not whole or not this attempt's."""
+    """The marks of a file, oldest first. Raises SealiftError for one that is damaged, or of another attempt."""
     entries = []
     for slot in range(min(SLOTS, len(raw) // SLOT_BYTES)):
         block = raw[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES]
         if hashlib.sha256(block[:-32]).digest() != block[-32:]:
+            if any(raw[(slot + 1) * SLOT_BYTES :]):
+                raise _damaged(attempt)
             break
         magic, number, mark, ident, seen, at = _BODY.unpack_from(block)
-        if (magic, number, ident, seen) != (_MAGIC, slot, attempt.bytes, fence):
-            break
+        if (magic, number, ident, seen) != (_MAGIC, slot, attempt.bytes, fence) or mark not in tuple(Mark):
+            raise _damaged(attempt)
         entries.append(Entry(Mark(mark), at / 1e6))
     return entries
+
+
+def _damaged(attempt: UUID) -> SealiftError:
+    return SealiftError(
+        f"the commit log of attempt {attempt} is damaged, or a newer agent wrote it",
+        todo="look at both hosts before the VM is started anywhere",
+    )
 
 
 class CommitLog:
@@ -100,7 +111,8 @@ class CommitLog:
         try:
             if os.fstat(fd).st_size < SLOT_BYTES * SLOTS:
                 # Written, not only allocated: a later overwrite then needs no new metadata on common file systems.
-                os.pwrite(fd, bytes(SLOT_BYTES * SLOTS), 0)
+                if os.pwrite(fd, bytes(SLOT_BYTES * SLOTS), 0) != SLOT_BYTES * SLOTS:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(fd)
                 _sync_directory(directory)
             self.entries = decode(os.pread(fd, SLOT_BYTES * SLOTS, 0), attempt, fence)
