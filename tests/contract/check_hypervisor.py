@@ -272,6 +272,27 @@ async def a_vm_is_found_again(bench: Bench) -> None:
         await bench.hypervisor.attach(paths, first.process, first.uuid)
 
 
+async def a_stray_that_never_ran_is_ended_and_no_other(bench: Bench) -> None:
+    config = bench.config()
+    record = await bench.hypervisor.freeze(config)
+    paths = bench.paths("a")
+    assert not await bench.hypervisor.end_stray(paths, config.uuid)
+    for begin in (bench.start, bench.incoming):
+        stray = await begin(record, "a")
+        await stray.close()  # as when its agent died
+        assert await bench.hypervisor.end_stray(paths, config.uuid)
+        assert not stray.process.alive()
+        assert not paths.qmp.exists()
+        assert not await bench.hypervisor.end_stray(paths, config.uuid)
+    vm = await bench.start(record)
+    await vm.cont_fresh()
+    await vm.close()
+    for uuid in (config.uuid, uuid4()):  # one that runs, and another VM's
+        with pytest.raises(HypervisorError):
+            await bench.hypervisor.end_stray(paths, uuid)
+    assert await (await bench.attach(vm, "a")).status() == "running"
+
+
 async def a_vm_ends_when_told(bench: Bench) -> None:
     paths = bench.paths("a")
     for end in ("quit", "kill"):
@@ -534,6 +555,7 @@ CHECKS: tuple[Callable[[Bench], Awaitable[None]], ...] = (
     a_second_start_is_refused,
     a_failed_start_says_why_and_leaves_nothing,
     a_vm_is_found_again,
+    a_stray_that_never_ran_is_ended_and_no_other,
     a_vm_ends_when_told,
     a_death_is_noticed,
     events_carry_their_time,

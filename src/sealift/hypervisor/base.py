@@ -216,5 +216,11 @@ class Hypervisor(Protocol):
     async def prepare_incoming(self, record: HardwareRecord, paths: VmPaths) -> Vm:
         """Start a process that can receive the VM (``inmigrate``), not yet listening; errors as for ``start``."""
 
+    async def end_stray(self, paths: VmPaths, uuid: UUID) -> bool:
+        """End a process of this VM that its agent did not live to note; whether there was one.
+
+        Only one whose guest has never run is ended. Raises HypervisorError for any other that serves these paths.
+        """
+
     async def attach(self, paths: VmPaths, process: ProcessRef, uuid: UUID) -> Vm:
         """Find a VM again that an earlier agent started; raises QemuGone, or HypervisorError if it is another one."""

@@ -27,12 +27,17 @@ _QCOW2_EXTERNAL_DATA = 1 << 2  # incompatible feature bit (QEMU docs/interop/qco
 
 
 def _check_marker(path: Path) -> None:
-    if not path.is_absolute() or not _MARKER.fullmatch(path.name):
+    if not path.is_absolute() or "\0" in str(path) or not _MARKER.fullmatch(path.name):
         raise InvalidInput("the path is not a marker's")
 
 
 def write_marker(disk_path: str) -> tuple[str, str]:
-    """Write a marker beside a disk; its path and content. Raises HypervisorError when the directory takes no file."""
+    """Write a marker beside a disk; its path and content.
+
+    Raises HypervisorError when the directory takes no file, InvalidInput for what is no path.
+    """
+    if not Path(disk_path).is_absolute() or "\0" in disk_path:
+        raise InvalidInput("the path is not a disk's")
     path = Path(disk_path).parent / f".sealift-marker-{secrets.token_hex(8)}"
     content = secrets.token_hex(_CONTENT_BYTES // 2)
     try:

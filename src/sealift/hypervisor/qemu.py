@@ -25,7 +25,7 @@ from sealift.hypervisor.base import VmPaths
 from sealift.hypervisor.disks import check_image
 from sealift.hypervisor.probe import runs_vcpu
 from sealift.hypervisor.process import ProcessRef, spawn
-from sealift.hypervisor.qemu_vm import QemuVm, is_served, remove_sockets
+from sealift.hypervisor.qemu_vm import QemuVm, is_served, remove_sockets, server_of
 from sealift.hypervisor.qmp import Qmp
 from sealift.hypervisor.tap import open_tap
 
@@ -188,6 +188,23 @@ class QemuHypervisor:
 
     async def attach(self, paths: VmPaths, process: ProcessRef, uuid: UUID) -> QemuVm:
         return await QemuVm.connect(paths, process, uuid)
+
+    async def end_stray(self, paths: VmPaths, uuid: UUID) -> bool:
+        pid = server_of(paths.qmp)
+        if pid is None:
+            return False
+        try:
+            vm = await QemuVm.connect(paths, ProcessRef.of(pid), uuid)
+            runstate = await vm.status()
+        except QemuGone:
+            return False
+        if runstate not in ("prelaunch", "inmigrate"):
+            await vm.close()
+            raise HypervisorError(
+                f"an unknown QEMU (pid {pid}) has VM {uuid} in state {runstate}", todo="find out who started it"
+            )
+        await vm.kill()
+        return True
 
     async def _launch(self, record: HardwareRecord, paths: VmPaths, *, incoming: bool) -> QemuVm:
         await self.check_record(record)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -50,6 +51,18 @@ def is_served(path: Path) -> bool:
         except OSError:
             return False
         return True
+
+
+def server_of(path: Path) -> int | None:
+    """The process that listens on this UNIX socket; None when nobody does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+        link.setblocking(False)
+        try:
+            link.connect(str(path))
+            pid: int = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        except OSError:
+            return None
+        return pid
 
 
 def remove_sockets(paths: VmPaths) -> None:
