@@ -4,7 +4,8 @@ SQLite, one file. A row is written before the effect it stands for, so that afte
 have begun, and an order repeated by the controller is answered instead of carried out twice. No secret is ever here:
 a move's key lives in its relay and nowhere else.
 
-The calls are short and synchronous on purpose: an effect may not start before its row is on the disk.
+The calls are short and synchronous on purpose: an effect may not start before its row is on the disk. Each raises
+SealiftError when the disk fails.
 """
 
 from __future__ import annotations
@@ -78,11 +79,19 @@ class Journal:
     def close(self) -> None:
         self._db.close()
 
+    def _do(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise SealiftError(
+                f"the agent's journal cannot be read or written: {error}", todo="look whether the disk is full"
+            ) from error
+
     # VMs
 
     def vms(self) -> dict[UUID, VmRow]:
         """Every VM of this host."""
-        rows = self._db.execute("SELECT uuid, config, hardware, process, wanted FROM vm ORDER BY name")
+        rows = self._do("SELECT uuid, config, hardware, process, wanted FROM vm ORDER BY name")
         return {
             UUID(uuid): VmRow(
                 _CONFIG.validate_json(config),
@@ -95,7 +104,7 @@ class Journal:
 
     def put_vm(self, row: VmRow) -> None:
         """Insert or replace a VM."""
-        self._db.execute(
+        self._do(
             "INSERT OR REPLACE INTO vm (uuid, name, config, hardware, process, wanted) VALUES (?, ?, ?, ?, ?, ?)",
             (
                 str(row.config.uuid),
@@ -109,23 +118,23 @@ class Journal:
 
     def drop_vm(self, vm: UUID) -> None:
         """Forget a VM; its fence stays."""
-        self._db.execute("DELETE FROM vm WHERE uuid = ?", (str(vm),))
+        self._do("DELETE FROM vm WHERE uuid = ?", (str(vm),))
 
     # fences
 
     def check_fence(self, vm: UUID, fence: int) -> None:
         """Record ``fence`` as seen for ``vm``; raises StaleFence when a higher one was seen before."""
-        row = self._db.execute("SELECT fence FROM fence WHERE vm = ?", (str(vm),)).fetchone()
+        row = self._do("SELECT fence FROM fence WHERE vm = ?", (str(vm),)).fetchone()
         if row and fence < row[0]:
             raise StaleFence(f"an order for VM {vm} carries fence {fence}; this host has seen {row[0]}")
-        self._db.execute("INSERT OR REPLACE INTO fence (vm, fence) VALUES (?, ?)", (str(vm), fence))
+        self._do("INSERT OR REPLACE INTO fence (vm, fence) VALUES (?, ?)", (str(vm), fence))
 
     # moves
 
     def put_move(self, row: MoveRow) -> None:
         """Insert or replace an attempt of this host's role."""
         status = row.status
-        self._db.execute(
+        self._do(
             'INSERT OR REPLACE INTO move (attempt, role, vm, state, "order", status, directory, process)'
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -142,7 +151,7 @@ class Journal:
 
     def moves(self) -> list[MoveRow]:
         """Every attempt not yet forgotten."""
-        rows = self._db.execute('SELECT "order", status, directory, process FROM move').fetchall()
+        rows = self._do('SELECT "order", status, directory, process FROM move').fetchall()
         return [
             MoveRow(
                 _ORDER.validate_json(order),
@@ -160,15 +169,15 @@ class Journal:
     def drop_move(self, attempt: UUID) -> None:
         """Forget an attempt; an order for it is refused from now on."""
         self.refuse_attempt(attempt)
-        self._db.execute("DELETE FROM move WHERE attempt = ?", (str(attempt),))
+        self._do("DELETE FROM move WHERE attempt = ?", (str(attempt),))
 
     def refuse_attempt(self, attempt: UUID) -> None:
         """From now on an order for this attempt is refused: it was aborted before it arrived, or is over."""
-        self._db.execute("INSERT OR IGNORE INTO refused_attempt (attempt) VALUES (?)", (str(attempt),))
+        self._do("INSERT OR IGNORE INTO refused_attempt (attempt) VALUES (?)", (str(attempt),))
 
     def attempt_refused(self, attempt: UUID) -> bool:
         """Whether an order for this attempt comes too late."""
-        found = self._db.execute("SELECT 1 FROM refused_attempt WHERE attempt = ?", (str(attempt),)).fetchone()
+        found = self._do("SELECT 1 FROM refused_attempt WHERE attempt = ?", (str(attempt),)).fetchone()
         return found is not None
 
 

@@ -76,7 +76,11 @@ class Move:
         return self._row.status.state in MOVE_FINAL
 
     def note(self, state: MoveState, *, error: SealiftError | None = None, **facts: object) -> None:
-        """Record a state, durably, before what it stands for is done."""
+        """Record a state, durably, before what it stands for is done.
+
+        A journal that cannot be written, because the disk is full, stops no move: what must not be lost is in the
+        commit log, which has its room, and an agent that is restarted meanwhile finds the rest by looking again.
+        """
         if error is not None:
             facts |= {"error_slug": error.slug, "error": str(error)}
         status = replace(self.status, state=state, **facts)  # type: ignore[arg-type]
@@ -85,7 +89,10 @@ class Move:
         if status.state is not self._row.status.state:
             log.info("move.state", attempt=str(self.order.attempt), vm=self.order.vm_name, state=state.value)
         self._row = replace(self._row, status=status)
-        self._journal.put_move(self._row)
+        try:
+            self._journal.put_move(self._row)
+        except SealiftError as failure:
+            log.error("move.not_journaled", attempt=str(self.order.attempt), state=state.value, what=str(failure))
         self.watch.touch()
 
     def progress(self, progress: Progress) -> None:
