@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 from sealift.channel.relay_client import RelayClient
 from sealift.domain.move import Answer
-from sealift.errors import ChannelError, Conflict, HypervisorError, QemuGone, RelayGone, from_slug
+from sealift.errors import ChannelError, Conflict, HypervisorError, QemuGone, RelayGone, SealiftError, from_slug
 from sealift.hypervisor.base import RECONNECTED, MigrationInfo, QmpEvent, Vm
 
 _POLL_S = 0.2
@@ -44,10 +44,15 @@ class Watch:
         """Look once, then go on looking."""
         events = self._vm.events()
         await self.look()
-        self._tasks.append(asyncio.create_task(self._watch_events(events)))
-        self._tasks.append(asyncio.create_task(self._poll()))
+        self._go(self._watch_events(events))
+        self._go(self._poll())
         if self._relay is not None:
-            self._tasks.append(asyncio.create_task(self._watch_relay(self._relay)))
+            self._go(self._watch_relay(self._relay))
+
+    def _go(self, looking: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(looking)
+        task.add_done_callback(lambda _: self._changed.set())
+        self._tasks.append(task)
 
     async def close(self) -> None:
         """Stop looking."""
@@ -60,10 +65,16 @@ class Watch:
         self._changed.set()
 
     async def until(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait until ``condition`` holds, at most ``timeout`` seconds; whether it does."""
+        """Wait until ``condition`` holds, at most ``timeout`` seconds; whether it does.
+
+        Raises what ended one of the tasks that look, which is a defect: nobody may wait for what nobody looks at.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while not condition():
+                    for task in self._tasks:
+                        if task.done() and not task.cancelled() and (defect := task.exception()) is not None:
+                            raise RuntimeError("a defect in a task that looks") from defect
                     self._changed.clear()
                     await self._changed.wait()
         return condition()
@@ -85,7 +96,7 @@ class Watch:
     async def look_at_relay(self) -> None:
         """Ask the relay for its counters."""
         if self._relay is not None:
-            with contextlib.suppress(ChannelError):  # a relay that is gone keeps its last counters here
+            with contextlib.suppress(SealiftError):  # a relay that is gone keeps its last counters here
                 self.relay_status = await self._relay.status()
 
     def _break(self, error: ChannelError) -> None:
@@ -121,8 +132,8 @@ class Watch:
         while self.broken is None:
             try:
                 events = await relay.wait(after=seen, timeout=_WAIT_S)
-            except ChannelError as error:
-                self._break(error)
+            except SealiftError as error:
+                self._break(error if isinstance(error, ChannelError) else ChannelError(error.what))
                 return
             for event in events:
                 seen = max(seen, int(event["seq"]))
