@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import shutil
-import socket
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
 from uuid import UUID
 
 import structlog
 
-from sealift.agent.commitlog import CommitLog, Mark, prune
+from sealift.agent.commitlog import CommitLog, Mark
+from sealift.agent.handover import handover, put_away
 from sealift.agent.journal import Journal, MoveRow, aborted_unseen, unfinished
 from sealift.agent.move import Move, Parts, relay_log
-from sealift.agent.recovery import ended, without_qemu
+from sealift.agent.recovery import answered, ended, without_qemu
 from sealift.agent.settings import AgentSettings
 from sealift.agent.source import SourceMove
 from sealift.agent.target import TargetMove
 from sealift.agent.vms import Vms
-from sealift.channel.doorman import door_path, remove_dead_doors
-from sealift.channel.protocol import CHANNEL_VERSION, ChannelSpec
-from sealift.channel.protocol import Plan as ChannelPlan
+from sealift.channel.doorman import remove_dead_doors
+from sealift.channel.protocol import CHANNEL_VERSION
 from sealift.channel.relay_client import RelayClient, start_relay
-from sealift.channel.relay_spec import RelaySpec
-from sealift.domain.move import MOVE_FINAL, Answer, MoveOrder, MoveSecret, MoveState, MoveStatus, Role, SealedSecret
+from sealift.domain.move import MOVE_FINAL, Answer, MoveOrder, MoveSecret, MoveState, MoveStatus, Role
 from sealift.domain.vm import VmState
 from sealift.errors import (
     AlreadyExists,
@@ -71,19 +69,25 @@ class Moves:
             if (known := self._known(order.attempt)) is not None:
                 return known
             self._check(order, order.source)
-            if await self._other_move(order.vm):
-                raise Conflict(f"VM {order.vm_name} is being migrated already")
-            if (await self._vms.status(order.vm)).state is not VmState.RUNNING:
-                raise Conflict(f"VM {order.vm_name} does not run on {order.source_name}")
-            vm = self._vms.handle(order.vm)
-            row = self._journaled(order, Role.SOURCE)
+            self._vms.reserve(order.vm, order.vm_name)
             try:
-                commits = await asyncio.to_thread(self._log, order, Role.SOURCE)
-                relay = await self._start_relay(row, secret, vm)
-            except (SealiftError, OSError):
-                self._journal.drop_move(order.attempt)
+                return await self._set_out(order, secret)
+            except BaseException:
+                self._vms.busy.discard(order.vm)
                 raise
+
+    async def _set_out(self, order: MoveOrder, secret: MoveSecret) -> MoveStatus:
+        if (await self._vms.status(order.vm)).state is not VmState.RUNNING:
+            raise Conflict(f"VM {order.vm_name} does not run on {order.source_name}")
+        vm = self._vms.handle(order.vm)
+        row = self._row(order, Role.SOURCE)
+        try:
+            self._put(row)
+            commits = await asyncio.to_thread(self._log, order, Role.SOURCE)
+            relay = await self._start_relay(row, secret, vm)
             return await self._begin(SourceMove(self._parts(row, vm, relay, commits, recovered=False)))
+        except Exception as error:
+            raise await self._undone(row, None, error) from None
 
     async def take_target(self, order: MoveOrder, secret: MoveSecret) -> MoveStatus:
         """Prepare to receive a VM; returns once its QEMU listens behind the relay. Raises as ``take_source``."""
@@ -91,30 +95,34 @@ class Moves:
             if (known := self._known(order.attempt)) is not None:
                 return known
             self._check(order, order.target)
-            if await self._other_move(order.vm):
-                raise Conflict(f"VM {order.vm_name} is being migrated already")
-            if any(status.uuid == order.vm for status in await self._vms.list()):
-                raise AlreadyExists(f"host {self._settings.name} has VM {order.vm_name} already")
-            await self._hypervisor.check_record(order.hardware)
-            self._vms.check_files(order.hardware.config)
-            row = self._journaled(order, Role.TARGET)
-            vm: Vm | None = None
+            self._vms.reserve(order.vm, order.vm_name)
             try:
-                commits = await asyncio.to_thread(self._log, order, Role.TARGET)
-                vm = await self._hypervisor.prepare_incoming(order.hardware, self._vms.paths(order.vm))
-                row = MoveRow(row.order, row.status, row.directory, vm.process)
-                self._journal.put_move(row)
-                relay = await self._start_relay(row, secret, vm)
-                await vm.configure_target(order.options)
-                await vm.listen(row.directory / "incoming.sock")
-            except (SealiftError, OSError):
-                if vm is not None:
-                    await vm.kill()
-                self._journal.drop_move(order.attempt)
+                return await self._await_arrival(order, secret)
+            except BaseException:
+                self._vms.busy.discard(order.vm)
                 raise
+
+    async def _await_arrival(self, order: MoveOrder, secret: MoveSecret) -> MoveStatus:
+        if self._vms.has(order.vm):
+            raise AlreadyExists(f"host {self._settings.name} has VM {order.vm_name} already")
+        await self._hypervisor.check_record(order.hardware)
+        self._vms.check_files(order.hardware.config)
+        row = self._row(order, Role.TARGET)
+        vm: Vm | None = None
+        try:
+            self._put(row)
+            commits = await asyncio.to_thread(self._log, order, Role.TARGET)
+            vm = await self._hypervisor.prepare_incoming(order.hardware, self._vms.paths(order.vm))
+            row = replace(row, process=vm.process)
+            self._journal.put_move(row)
+            relay = await self._start_relay(row, secret, vm)
+            await vm.configure_target(order.options)
+            await vm.listen(row.directory / "incoming.sock")
             move = TargetMove(self._parts(row, vm, relay, commits, recovered=False))
             move.note(MoveState.WAITING)
             return await self._begin(move)
+        except Exception as error:
+            raise await self._undone(row, vm, error) from None
 
     def _known(self, attempt: UUID) -> MoveStatus | None:
         if attempt in self._moves or attempt in self._ended:
@@ -130,60 +138,51 @@ class Moves:
             raise PlanRefused(f"host {self._settings.name} cannot seal a move", todo="plan it again")
         if order.protection == "sealed" and order.channel_version != CHANNEL_VERSION:
             raise PlanRefused(f"host {self._settings.name} does not speak channel version {order.channel_version}")
+        if order.hardware.config.uuid != order.vm:
+            raise InvalidInput("the migration order's hardware is another VM's")
         self._journal.check_fence(order.vm, order.fence)
 
-    async def _other_move(self, vm: UUID) -> bool:
-        return any(move.order.vm == vm and not move.ended for move in self._moves.values())
-
-    def _journaled(self, order: MoveOrder, role: Role) -> MoveRow:
+    def _row(self, order: MoveOrder, role: Role) -> MoveRow:
         directory = self._settings.run_directory / "moves" / secrets.token_hex(8)
         status = MoveStatus(order.attempt, role, MoveState.PREPARING, channels=1 + order.options.multifd_channels)
-        row = MoveRow(order, status, directory)
+        return MoveRow(order, status, directory)
+
+    def _put(self, row: MoveRow) -> None:
         self._journal.put_move(row)
-        directory.mkdir(parents=True, mode=0o700)
-        return row
+        row.directory.mkdir(parents=True, mode=0o700)
+
+    async def _undone(self, row: MoveRow, vm: Vm | None, error: Exception) -> Exception:
+        """Leave nothing of an attempt that could not begin; answers what to say."""
+        if vm is not None:
+            await vm.kill()
+        await RelayClient(str(row.directory)).close()
+        shutil.rmtree(row.directory, ignore_errors=True)
+        relay_log(self._settings.relay_logs, row.order, row.status.role).unlink(missing_ok=True)
+        self._journal.drop_move(row.order.attempt)
+        with contextlib.suppress(OSError, SealiftError):
+            await asyncio.to_thread(put_away, self._vms.commits(row.order.vm), row)
+        if isinstance(error, OSError):
+            what = f"host {self._settings.name} cannot begin the move: {error.strerror}"
+            return SealiftError(what, todo="look at its disks and at the agent's log")
+        return error
 
     def _log(self, order: MoveOrder, role: Role) -> CommitLog:
         return CommitLog(self._vms.commits(order.vm), role, order.attempt, order.fence)
 
     async def _start_relay(self, row: MoveRow, secret: MoveSecret, vm: Vm) -> RelayClient:
-        order, role = row.order, row.status.role
-        sealed = isinstance(secret, SealedSecret)
-        channel = ChannelSpec(
-            attempt=order.attempt.bytes,
-            subject=order.vm.bytes,
-            source=order.source.bytes,
-            target=order.target.bytes,
-            plan=ChannelPlan.SEALED if sealed else ChannelPlan.PLAIN,
-            version=order.channel_version,
-            channels=1 + order.options.multifd_channels,
-            window=order.limits.window_bytes,
-            rekey_records=order.limits.rekey_records,
-            rekey_bytes=order.limits.rekey_bytes,
-        )
-        raw = _raw(secret)
-        route = order.attempt.bytes if sealed else raw
-        spec = RelaySpec(
-            role=role.value,
-            spec=channel,
-            directory=str(row.directory),
-            qemu_pid=vm.process.pid,
-            target=order.target_address if role is Role.SOURCE else "",
-            door=door_path(str(self._settings.doors), route) if role is Role.TARGET else "",
-            source_address="" if sealed or role is Role.SOURCE else await _ip_address(order.source_address),
-        )
         self._settings.relay_logs.mkdir(exist_ok=True, mode=0o700)
-        kind: Literal["relay", "splice"] = "relay" if sealed else "splice"
-        await start_relay(kind, spec, raw, str(relay_log(self._settings.relay_logs, order, role)))
+        kind, spec, raw = await handover(self._settings, row, secret, vm.process.pid)
+        log_path = relay_log(self._settings.relay_logs, row.order, row.status.role)
+        await start_relay(kind, spec, raw, str(log_path))
         return await RelayClient.connect(str(row.directory))
 
     def _parts(self, row: MoveRow, vm: Vm, relay: RelayClient | None, commits: CommitLog, *, recovered: bool) -> Parts:
         return Parts(row, vm, relay, commits, self._journal, self._vms, self._settings, recovered)
 
     async def _begin(self, move: Move) -> MoveStatus:
-        self._moves[move.order.attempt] = move
         self._vms.busy.add(move.order.vm)
         await move.watch.start()
+        self._moves[move.order.attempt] = move
         self._tasks[move.order.attempt] = asyncio.create_task(self._run(move))
         return move.status
 
@@ -257,6 +256,9 @@ class Moves:
 
     async def answer(self, attempt: UUID, answer: Answer) -> MoveStatus:
         """The target's durable answer, carried by a controller. Raises Conflict unless the source waits for one."""
+        if self.status(attempt).state is MoveState.UNKNOWN:
+            async with self._lock:
+                return await self._settle_by(attempt, answer)
         move = self._moves.get(attempt)
         if not isinstance(move, SourceMove) or move.status.state is not MoveState.AWAITING_ANSWER:
             if move is not None and move.ended:
@@ -267,9 +269,26 @@ class Moves:
         await self._ended_or_late(move)
         return move.status
 
+    async def _settle_by(self, attempt: UUID, answer: Answer) -> MoveStatus:
+        """The source let go and its QEMU is gone: only the target's answer says what became of the VM."""
+        row, status = self._journal.move(attempt), self.status(attempt)
+        if row is None or status.state is not MoveState.UNKNOWN:
+            return status
+        if status.role is not Role.SOURCE or not self._vms.gone(row.order.vm):
+            raise Conflict(f"attempt {attempt} cannot be settled by an answer on {self._settings.name}")
+        commits = await asyncio.to_thread(self._log, row.order, Role.SOURCE)
+        status = await asyncio.to_thread(answered, status, commits, answer)
+        if status.state is MoveState.DONE:
+            await self._vms.let_go(row.order.vm)
+        self._journal.put_move(replace(row, status=status))
+        self._moves.pop(attempt, None)
+        self._ended[attempt] = status
+        self._vms.busy.discard(row.order.vm)
+        return status
+
     async def forget(self, attempt: UUID) -> None:
         """Drop a settled attempt; raises Conflict while it is not settled, NotFound when it is not known."""
-        if (move := self._moves.get(attempt)) is not None and move.ended:
+        if (move := self._moves.get(attempt)) is not None and (move.ended or move.status.answer is not None):
             await self._ended_or_late(move)  # it may still be closing its relay
         status = self.status(attempt)
         if status.state not in MOVE_FINAL:
@@ -280,7 +299,7 @@ class Moves:
         self._ended.pop(attempt, None)
         self._tasks.pop(attempt, None)
         if row is not None:
-            await asyncio.to_thread(_put_away, self._vms.commits(row.order.vm), row)
+            await asyncio.to_thread(put_away, self._vms.commits(row.order.vm), row)
 
     async def _ended_or_late(self, move: Move) -> None:
         task = self._tasks[move.order.attempt]
@@ -297,9 +316,11 @@ class Moves:
                 continue
             try:
                 await self._recover(row)
-            except SealiftError as error:
+            except (SealiftError, OSError, ValueError) as error:
                 log.error("move.unrecovered", attempt=str(row.status.attempt), what=str(error))
-                self._ended[row.status.attempt] = ended(row.status, MoveState.UNKNOWN, error)
+                failure = error if isinstance(error, SealiftError) else SealiftError(str(error))
+                self._ended[row.status.attempt] = ended(row.status, MoveState.UNKNOWN, failure)
+                self._vms.busy.add(row.order.vm)
 
     async def _recover(self, row: MoveRow) -> None:
         order, role = row.order, row.status.role
@@ -322,8 +343,11 @@ class Moves:
         if status.state is MoveState.DONE:
             await self._vms.let_go(order.vm)
         shutil.rmtree(row.directory, ignore_errors=True)
+        remove_dead_doors(str(self._settings.doors))
         self._journal.put_move(MoveRow(order, status, row.directory))
         self._ended[order.attempt] = status
+        if status.state not in MOVE_FINAL:
+            self._vms.busy.add(order.vm)
 
     async def _find(self, row: MoveRow) -> Vm | None:
         order = row.order
@@ -332,6 +356,7 @@ class Moves:
                 return self._vms.handle(order.vm)
             if row.process is not None:
                 return await self._hypervisor.attach(self._vms.paths(order.vm), row.process, order.vm)
+            await self._hypervisor.end_stray(self._vms.paths(order.vm), order.vm)
         except (QemuGone, Conflict, NotFound) as error:
             log.warning("vm.gone", vm=order.vm_name, what=str(error))
         except HypervisorError as error:
@@ -346,33 +371,3 @@ class Moves:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for move in self._moves.values():
             await move.watch.close()
-
-
-def _put_away(directory: Path, row: MoveRow) -> None:
-    """Keep of a VM's commit logs what can still decide: not that of a target which aborted."""
-    log_file = CommitLog(directory, row.status.role, row.order.attempt, row.order.fence)
-    if row.status.role is Role.TARGET and log_file.last in (None, Mark.ABORTED, Mark.REVOKED):
-        log_file.path.unlink()
-    prune(directory)
-    if not any(directory.iterdir()):
-        directory.rmdir()
-
-
-async def _ip_address(host: str) -> str:
-    """The IP address that a migration address names; raises PlanRefused when it names none."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise PlanRefused(
-            f"the source's migration address {host} cannot be resolved here: {error}",
-            todo="give the source an IP address as migration_address",
-        ) from None
-    return str(found[0][4][0])
-
-
-def _raw(secret: MoveSecret) -> bytes:
-    match secret:
-        case SealedSecret(key, nonce):
-            return key.reveal() + nonce.reveal()
-        case _:
-            return secret.token.reveal()

@@ -33,6 +33,15 @@ def without_qemu(row: MoveRow, commits: CommitLog) -> MoveStatus:
     return ended(status, MoveState.CRASHED, crashed)
 
 
+def answered(status: MoveStatus, commits: CommitLog, answer: Answer) -> MoveStatus:
+    """How an attempt ended whose source let go and lost its QEMU, once the target's durable answer is known."""
+    if answer is Answer.RUNNING:
+        commits.write(Mark.RELEASED, time.time())
+        return replace(status, state=MoveState.DONE, error_slug="", error="")
+    commits.write(Mark.ABORTED, time.time())
+    return ended(status, MoveState.CRASHED, VmCrashed("its QEMU ended in the migration", todo="start it again"))
+
+
 def ended(status: MoveStatus, state: MoveState, error: SealiftError | None, answer: Answer | None = None) -> MoveStatus:
     """``status`` with how it ended."""
     status = replace(status, state=state, answer=answer or status.answer)

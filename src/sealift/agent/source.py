@@ -30,6 +30,7 @@ _SETTLE_S = 0.1
 _REASON_S = 1.0
 _HANDED_OVER_S = 0.002
 _HANDED_OVER = frozenset({"finish-migrate", "postmigrate"})
+_STOPPED = frozenset({*_HANDED_OVER, "paused"})
 
 
 class SourceMove(Move):
@@ -40,7 +41,9 @@ class SourceMove(Move):
         if self.log.last is Mark.RELEASED:  # the agent was restarted between the mark and the end
             await self.finish(MoveState.DONE)
             return
-        if self.log.last is Mark.ABORTED and self._completed():
+        # Nothing is concluded from facts that were not seen yet.
+        await self.watch.until(lambda: bool(self.watch.runstate) or self.watch.qemu_gone)
+        if self.log.last is Mark.ABORTED and self.watch.info.status == "completed":
             await self._take_back()
             return
         try:
@@ -132,17 +135,17 @@ class SourceMove(Move):
         return True
 
     async def _cancel_qemu(self) -> bool:
-        """Cancel, and wait until the guest runs here again; False when QEMU completed instead. Raises QemuGone."""
+        """Cancel, and wait until the guest goes on here as it was; False if QEMU completed. Raises QemuGone."""
         while True:
             try:
                 await self.vm.cancel()
                 runstate = await self.vm.status()
-                if runstate == "running":
-                    if self.status.stopped_at is not None or self.log.last is Mark.LET_GO:
-                        await self.vm.announce()
-                    return True
                 if runstate == "postmigrate":
                     return False
+                if runstate == "running" and (self.status.stopped_at is not None or self.log.last is Mark.LET_GO):
+                    await self.vm.announce()
+                if runstate != "finish-migrate":
+                    return True  # also a guest that a disk error stopped meanwhile: it is here, as it was
             except QemuGone:
                 raise
             except HypervisorError as error:
@@ -200,7 +203,7 @@ class SourceMove(Move):
         await asyncio.to_thread(self.log.write, Mark.ABORTED, self.now())
         while True:
             try:
-                if await self.vm.status() != "running":
+                if await self.vm.status() in _STOPPED:  # else it runs, or has run since and was stopped by a fault
                     await self.vm.cont_at_source(aborted=Answer.ABORTED)
                 break
             except QmpTimeout as error:

@@ -14,7 +14,7 @@ from sealift.agent.move import Move
 from sealift.domain.move import Answer, MoveState
 from sealift.errors import (
     Conflict,
-    ContRefused,
+    HypervisorError,
     MigrationFailed,
     QemuGone,
     QmpRefused,
@@ -26,10 +26,13 @@ from sealift.errors import (
 _VERDICT_S = 10.0  # how long QEMU may take to notice that its stream was closed
 _LINGER_S = 5.0  # how long the relay stays for the source to read RUNNING
 _RETRY_S = 1.0
+_ARRIVING = frozenset({"", "inmigrate", "paused"})
 
 
 class TargetMove(Move):
     """One attempt, as the target. ``run`` goes from wherever the facts stand to a final state."""
+
+    _unanswered = True  # a `cont` may have been sent whose answer nobody had
 
     async def run(self) -> None:
         """How it ended is in ``status``. Raises HypervisorError when QEMU does not answer; run it again then."""
@@ -56,7 +59,7 @@ class TargetMove(Move):
                 verdict = begun and await watch.until(self._verdict, _VERDICT_S)
                 if not verdict or not self._complete():
                     raise watch.broken
-            await watch.until(lambda: self._complete() or self._stopped())
+            await watch.until(lambda: self._complete() or self._misfit() or self._stopped())
         if self.log.last is None:
             await asyncio.to_thread(self.log.write, Mark.READY, self.now())
         await watch.send("READY")
@@ -65,8 +68,12 @@ class TargetMove(Move):
     def _complete(self) -> bool:
         return self.watch.info.status == "completed" and self.watch.runstate == "paused"
 
+    def _misfit(self) -> bool:
+        """Whether what arrived is no guest that ran: QEMU hands the runstate over too."""
+        return self.watch.info.status == "completed" and self.watch.runstate not in _ARRIVING
+
     def _verdict(self) -> bool:
-        return self._complete() or self.watch.qemu_gone or self.watch.info.status == "failed"
+        return self._complete() or self._misfit() or self.watch.qemu_gone or self.watch.info.status == "failed"
 
     def _stopped(self) -> bool:
         watch = self.watch
@@ -79,6 +86,8 @@ class TargetMove(Move):
             raise MigrationFailed("the controller ended the attempt")
         if "ABORT" in watch.messages:
             raise MigrationFailed(f"{self.order.source_name} gave up: {watch.messages['ABORT'].get('reason', '')}")
+        if receiving and self._misfit():
+            raise MigrationFailed(f"VM {self.order.vm_name} did not run any more: it arrived {watch.runstate}")
         if watch.qemu_gone or (receiving and watch.info.status == "failed"):
             raise watch.broken or QemuGone(f"the receiving QEMU on {self.order.target_name} has ended")
 
@@ -105,32 +114,47 @@ class TargetMove(Move):
         """COMMITTED is written first; from then on the VM is this host's whatever happens."""
         if self.log.last is not Mark.COMMITTED:
             await asyncio.to_thread(self.log.write, Mark.COMMITTED, self.now())
+            self._unanswered = False
+        lost: VmCrashed | None = None
         try:
             await self._let_run()
-            self.vms.take_in(self.order.hardware, self.vm)
         except QemuGone:
             # Ours, and gone: the source must release all the same, or the VM would belong to nobody.
-            self.vms.take_in(self.order.hardware, self.vm)
-            await self._tell(Answer.RUNNING)
             where = self.order.target_name
             lost = VmCrashed(f"VM {self.order.vm_name}: its QEMU on {where} ended", todo=f"start it again on {where}")
-            await self.finish(MoveState.CRASHED, lost)
-            return
-        except (ContRefused, QmpRefused) as failure:
+        except QmpRefused as failure:
             await self._revoke(failure)
             return
-        resumed = self.vm.last_event("RESUME")
-        self.note(MoveState.DONE, resumed_at=resumed.time if resumed else self.now())
+        self.vms.take_in(self.order.hardware, self.vm)
+        # Not final before the source was told and the relay has ended: an agent that dies in between does it again.
+        resumed_at = self.status.resumed_at
+        if resumed_at is None and lost is None:
+            resumed = self.vm.last_event("RESUME")
+            resumed_at = resumed.time if resumed else self.now()
+        self.note(MoveState.COMMITTING, answer=Answer.RUNNING, resumed_at=resumed_at)
         await self._tell(Answer.RUNNING)
-        await self.finish(MoveState.DONE)
+        await self.finish(MoveState.CRASHED if lost else MoveState.DONE, lost)
 
     async def _let_run(self) -> None:
+        """Return when the guest runs, or has run: only ``cont`` leads out of ``paused``.
+
+        Raises QmpRefused when ``cont`` itself was refused and none before can have let the guest run; QemuGone.
+        """
         while True:
             try:
-                if await self.vm.status() != "running":
-                    await self.vm.cont_at_target()
+                if await self.vm.status() != "paused":
+                    return
+            except QmpTimeout as error:
+                self.note(self.status.state, error=error)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            try:
+                await self.vm.cont_at_target()
                 return
-            except QmpTimeout as error:  # it may have been carried out: look again
+            except HypervisorError as error:
+                if isinstance(error, QemuGone) or (isinstance(error, QmpRefused) and not self._unanswered):
+                    raise
+                self._unanswered = True  # it may have been carried out: look again
                 self.note(self.status.state, error=error)
                 await asyncio.sleep(_RETRY_S)
 

@@ -16,7 +16,7 @@ from sealift.agent.commitlog import let_go_by
 from sealift.agent.journal import Journal, VmRow
 from sealift.agent.settings import AgentSettings
 from sealift.domain.vm import HardwareRecord, VmConfig, VmState, VmStatus
-from sealift.errors import AlreadyExists, Conflict, NotFound, QemuGone, QmpTimeout, VmLetGo
+from sealift.errors import AlreadyExists, Conflict, HypervisorError, NotFound, QemuGone, QmpTimeout, VmLetGo
 from sealift.hypervisor.base import Hypervisor, Vm, VmPaths
 
 log = structlog.get_logger()
@@ -56,17 +56,33 @@ class Vms:
         """Find again every VM that an earlier agent started."""
         for vm, row in self._rows.items():
             if row.process is None:
+                if row.wanted:
+                    await self._end_stray(vm, row.config.name)
                 continue
             try:
                 self._handles[vm] = await self._hypervisor.attach(self.paths(vm), row.process, vm)
                 log.info("vm.found", vm=row.config.name, pid=row.process.pid)
             except QemuGone:
                 log.warning("vm.gone", vm=row.config.name, wanted=row.wanted)
+            except HypervisorError as error:  # one that hangs keeps nobody from the others
+                log.error("vm.unclear", vm=row.config.name, pid=row.process.pid, what=str(error))
+
+    async def _end_stray(self, vm: UUID, name: str) -> None:
+        """End a QEMU that an earlier agent started, but did not live to note and to let run."""
+        try:
+            if await self._hypervisor.end_stray(self.paths(vm), vm):
+                log.warning("vm.stray", vm=name)
+        except HypervisorError as error:
+            log.error("vm.unclear", vm=name, what=str(error))
 
     async def close(self) -> None:
         """Drop the connections; the VMs run on."""
         for handle in self._handles.values():
             await handle.close()
+
+    def has(self, vm: UUID) -> bool:
+        """Whether this VM is one of this host's."""
+        return vm in self._rows
 
     def row(self, vm: UUID) -> VmRow:
         """A VM of this host; raises NotFound."""
@@ -75,9 +91,11 @@ class Vms:
         return self._rows[vm]
 
     def handle(self, vm: UUID) -> Vm:
-        """The running process of a VM; raises Conflict when it does not run here."""
+        """The running process of a VM; raises Conflict when it does not run here, QmpTimeout when it hangs."""
         row = self.row(vm)
         handle = self._handles.get(vm)
+        if handle is None and row.process is not None and row.process.alive():
+            raise _hangs(row)
         if handle is None or not handle.process.alive():
             raise Conflict(f"VM {row.config.name} does not run on {self._settings.name}", todo="start it first")
         return handle
@@ -105,6 +123,8 @@ class Vms:
                 await handle.close()
             except QmpTimeout as error:
                 return VmState.PAUSED, str(error)
+        elif row.process is not None and row.process.alive():
+            return VmState.PAUSED, str(_hangs(row))
         if let_go_by(self.commits(vm)):
             return VmState.MIGRATED, "let go in a migration"
         if row.wanted and vm not in self.busy:
@@ -113,7 +133,7 @@ class Vms:
 
     async def define(self, config: VmConfig) -> VmStatus:
         """Take a VM's configuration in; raises AlreadyExists, or NotFound for a file it names that is not there."""
-        if config.uuid in self._rows:
+        if config.uuid in self._rows or config.uuid in self.busy:
             raise AlreadyExists(f"host {self._settings.name} has VM {config.uuid} already")
         for row in self._rows.values():
             if row.config.name == config.name:
@@ -182,6 +202,21 @@ class Vms:
             del self._rows[vm]
             await asyncio.to_thread(shutil.rmtree, self.paths(vm).log.parent)
 
+    def reserve(self, vm: UUID, name: str) -> None:
+        """From now on only a move touches this VM (``busy``); raises Conflict while a move or an order has it."""
+        if vm in self.busy:
+            raise Conflict(f"VM {name} is being migrated already")
+        if self._lock(vm).locked():
+            raise Conflict(f"VM {name} is being started, stopped or deleted", todo="try again when that is done")
+        self.busy.add(vm)
+
+    def gone(self, vm: UUID) -> bool:
+        """Whether no process of this VM is left here."""
+        row, handle = self._rows.get(vm), self._handles.get(vm)
+        if handle is not None and handle.process.alive():
+            return False
+        return row is None or row.process is None or not row.process.alive()
+
     def take_in(self, hardware: HardwareRecord, handle: Vm | None) -> None:
         """The VM of a committed move is this host's from now on; without a handle its QEMU is gone already."""
         if handle is not None:
@@ -215,6 +250,14 @@ class Vms:
     def _refuse_busy(self, vm: UUID, row: VmRow) -> None:
         if vm in self.busy:
             raise Conflict(f"VM {row.config.name} is being migrated", todo="wait, or cancel the migration")
+
+
+def _hangs(row: VmRow) -> QmpTimeout:
+    assert row.process is not None
+    return QmpTimeout(
+        f"the QEMU of VM {row.config.name} (pid {row.process.pid}) gave no answer when the agent was started",
+        todo="look why it hangs, then restart the agent",
+    )
 
 
 async def _power_down(handle: Vm, name: str) -> None:
