@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -12,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from sealift.agent.capabilities import CipherFacts, capabilities
 from sealift.agent.join import Identity
@@ -22,7 +24,7 @@ from sealift.agent.vms import Vms
 from sealift.domain.host import HostCapabilities
 from sealift.domain.move import MAX_ORDER_BYTES, Answer, MoveStatus, Role, decode_spec
 from sealift.domain.vm import VmConfig, VmStatus
-from sealift.errors import InvalidInput, SealiftError, to_problem
+from sealift.errors import InvalidInput, NotFound, SealiftError, to_problem
 from sealift.hypervisor import disks
 from sealift.hypervisor.base import Hypervisor
 
@@ -73,6 +75,7 @@ def make_app(agent: Agent) -> FastAPI:
     app = FastAPI(title="Sealift agent", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(SealiftError, _problem)
     app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(HTTPException, _no_such_order)
     app.add_exception_handler(Exception, _defect)
     _add_vms(app, agent)
     _add_moves(app, agent)
@@ -90,8 +93,8 @@ def _add_vms(app: FastAPI, agent: Agent) -> None:
 
     def fenced(vm: UUID, request: Request) -> None:
         text = request.headers.get(FENCE, "")
-        if not text.isdigit():
-            raise InvalidInput(f"the order has no {FENCE} header")
+        if not re.fullmatch("[0-9]{1,18}", text):
+            raise InvalidInput(f"the order has no valid {FENCE} header")
         agent.journal.check_fence(vm, int(text))
 
     @app.get("/v1/vms")
@@ -196,6 +199,13 @@ async def _problem(request: Request, error: Exception) -> Response:
 
 async def _malformed(request: Request, error: Exception) -> Response:
     return _answer(InvalidInput("the request is malformed"))
+
+
+async def _no_such_order(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 400:
+        return _answer(InvalidInput("the request is malformed"))
+    return _answer(NotFound("the agent knows no such order", todo="controller and agent must be of matching versions"))
 
 
 async def _defect(request: Request, error: Exception) -> Response:

@@ -129,6 +129,8 @@ def decode_spec(body: bytes) -> tuple[MoveOrder, MoveSecret]:
         order = _ORDER.validate_json(body[4 : 4 + length])
     except (ValidationError, InvalidInput):
         raise bad from None  # the cause would quote the input
+    if not 0 <= order.fence < 10**18:
+        raise bad
     raw = body[4 + length :]
     if order.protection == "sealed" and len(raw) == KEY_BYTES + NONCE_BYTES:
         return order, SealedSecret(
