@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sealift.channel.control_frames import FrameReader, encode_frame
+from sealift.channel.control_link import MAX_MESSAGES, ControlLink, Outbox
 from sealift.channel.liveness import Beat, Liveness, PeerClock
 from sealift.channel.protocol import CONTROL_FRAME_BYTES
+from sealift.channel.relay_control import EventList
 from sealift.errors import InvalidInput, RecordUnexpected
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=20), st.lists, max_leaves=5)
@@ -25,6 +28,26 @@ def test_frames_survive_any_cutting(sent: list[dict], size: int) -> None:
     received = [m for start in range(0, len(stream), size) for m in reader.feed(stream[start : start + size])]
     assert received == sent
     assert not reader.midway
+
+
+def test_a_peer_that_never_stops_talking_is_given_up() -> None:
+    """What it says is kept until the process ends."""
+
+    class Talker:
+        def __init__(self, sock: socket.socket) -> None:
+            self.sock = sock
+
+        def receive(self) -> list[dict]:
+            return [{"type": "READY"}] * 10
+
+    events = EventList()
+    here, there = socket.socketpair()
+    with here, there, events.waker:
+        link = ControlLink(Talker(here), Outbox(), None, events, 5.0)  # type: ignore[arg-type]
+        with pytest.raises(RecordUnexpected, match="messages"):
+            link._receive_until_ended()
+        assert len(events.after(0)) == MAX_MESSAGES
+        events._wake.close()
 
 
 def test_longest_frame_is_allowed_and_one_more_byte_is_not() -> None:

@@ -16,9 +16,11 @@ from sealift.channel.protocol import CloseReason
 from sealift.channel.relay_control import EventList
 from sealift.channel.tunnel import LAST_WORDS_S, TunnelOwner
 from sealift.channel.wire import ControlWire, shut
-from sealift.errors import ChannelError, Conflict, PeerClosed, PeerSilent, StreamTruncated
+from sealift.errors import ChannelError, Conflict, PeerClosed, PeerSilent, RecordUnexpected, StreamTruncated
 
 BEAT_S: Final = 1.0
+MAX_MESSAGES: Final = 256
+"""A move has less than ten; what is kept of a peer that sends more must not grow for ever."""
 _EARLY_BEATS: Final = 5
 _EARLY_BEAT_S: Final = 0.1
 """The first heartbeats come quickly, so that the clock offset is known before a short move is over."""
@@ -124,7 +126,7 @@ class ControlLink:
             self.inward_done.set()
 
     def _receive_until_ended(self) -> None:
-        liveness = Liveness(self._silence_s, time.monotonic())
+        liveness, messages = Liveness(self._silence_s, time.monotonic()), 0
         while True:
             _wake_receive_after(self.wire.sock, liveness.remaining(time.monotonic()))
             try:
@@ -145,6 +147,9 @@ class ControlLink:
                 if isinstance(item, Beat):
                     self.clock.hear(item, _clock_us())
                 else:
+                    messages += 1
+                    if messages > MAX_MESSAGES:
+                        raise RecordUnexpected("the peer sent more messages than any move has")
                     self._events.add("message", message=item)
 
     @staticmethod
