@@ -17,7 +17,7 @@ from sealift.controller.services import Services
 from sealift.domain.lifecycle import State
 from sealift.domain.move import Answer, MoveSecret, MoveState, Role, SealedSecret
 from sealift.domain.policy import MigrateEncryption
-from sealift.errors import Conflict, NotFound, StaleFence
+from sealift.errors import Conflict, HostUnreachable, NotFound, StaleFence
 from sealift.secret import Secret
 from support.controllers import a_controller, make_state
 from support.moves import finished, happened, in_state, phases, running_vm, set_policy, until, wish
@@ -70,6 +70,26 @@ def test_a_sealed_move_goes_all_the_way(tmp_path: Path) -> None:
         assert [event.seq for event in events] == sorted(event.seq for event in events)
         states = [event.state for event in events if event.type == "migration.state"]
         assert states == STRAIGHT[1:]
+
+    with_world(tmp_path, story)
+
+
+def test_a_host_that_falls_silent_while_the_plan_is_made_ends_it_with_that_reason(tmp_path: Path) -> None:
+    async def story(services: Services, a: FakeAgent, b: FakeAgent, vm: UUID) -> None:
+        whole = a.vms
+
+        class Silent(dict):  # type: ignore[type-arg]
+            def __contains__(self, vm: object) -> bool:
+                raise HostUnreachable("host a did not answer")
+
+        a.vms = Silent()
+        row = await finished(services, (await services.orchestrator.request(wish())).id)
+        assert (row.state, row.error_slug) == ("failed", "host_unreachable")
+        assert "restarted" not in row.error
+        assert a.orders == b.orders == []
+        a.vms = whole
+        row = await finished(services, (await services.orchestrator.request(wish())).id)
+        assert row.state == "done"
 
     with_world(tmp_path, story)
 

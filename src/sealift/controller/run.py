@@ -61,7 +61,11 @@ class Run:
         watch = self.watch
         await watch.meet_hosts()
         if watch.state is State.REQUESTED and fresh:
-            planned = await self._plan()
+            try:
+                planned = await self._plan()
+            except SealiftError as error:  # a host that answered at first, and then no more
+                watch.failure, planned = error, None
+                await watch.end(Event.SOURCE_KEPT)
             self.planned.set()
             if planned is not None:
                 await self._prepare(planned)
