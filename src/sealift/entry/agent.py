@@ -25,7 +25,7 @@ from sealift.domain.token import parse_token
 from sealift.entry.logs import log_to_stderr
 from sealift.errors import Conflict
 from sealift.hypervisor.qemu import QemuHypervisor
-from sealift.process import forbid_dumps
+from sealift.process import forbid_dumps, lock_memory
 
 log = structlog.get_logger()
 
@@ -51,6 +51,8 @@ def run(settings: AgentSettings) -> None:
             raise Conflict(f"an agent already runs on {settings.state_directory}") from None
         forbid_dumps()  # one-time keys pass through this process
         log_to_stderr()
+        if not lock_memory():
+            log.info("memory.swappable", todo="allow RLIMIT_MEMLOCK unlimited or CAP_IPC_LOCK, or have no clear swap")
         asyncio.run(_serve(settings, identity))
 
 
