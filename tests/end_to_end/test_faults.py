@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sealift.channel.doorman import doorman_pid
 from sealift.demo.cluster import Host
 from sealift.domain.move import MoveState
 from support.running_guest import SLOW, Guest, left_behind, relay_pids
@@ -191,3 +192,16 @@ def test_a_source_agent_killed_after_it_let_go_hands_over_all_the_same(guest: Gu
     assert record["state"] == "done", record["error"]
     assert guest.copies() == [target.name]
     assert guest.unharmed()
+
+
+def test_a_doorman_that_dies_is_replaced_and_no_move_needs_it(guest: Guest) -> None:
+    source, target = guest.host, guest.other()
+    ident = guest.begin(target, "--bandwidth", SLOW)
+    lock = str(target.run / "doorman.lock")
+    pid = doorman_pid(lock)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: doorman_pid(lock) not in (None, pid), "the agent starts another")
+    assert guest.wait(ident)["state"] == "done"
+    guest.migrate(source)
+    assert guest.migrate(target)["state"] == "done"

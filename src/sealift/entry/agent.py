@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import structlog
 import uvicorn
@@ -19,15 +17,19 @@ from sealift.agent.journal import Journal
 from sealift.agent.moves import Moves
 from sealift.agent.settings import AgentSettings
 from sealift.agent.vms import Vms
+from sealift.channel.doorman import doorman_pid
 from sealift.channel.relay_client import start_doorman
 from sealift.channel.relay_spec import split_address
 from sealift.domain.token import parse_token
 from sealift.entry.logs import log_to_stderr
-from sealift.errors import Conflict
+from sealift.errors import Conflict, SealiftError
+from sealift.hypervisor.process import ProcessRef
 from sealift.hypervisor.qemu import QemuHypervisor
 from sealift.process import forbid_dumps, lock_memory
 
 log = structlog.get_logger()
+
+_DOORMAN_AGAIN_S = 5.0
 
 
 def join_controller(url: str, token: str, settings: AgentSettings) -> Identity:
@@ -57,7 +59,7 @@ def run(settings: AgentSettings) -> None:
 
 
 async def _serve(settings: AgentSettings, identity: Identity) -> None:
-    await _keep_doorman(settings)
+    doorman = asyncio.create_task(_keep_doorman(settings, await _start_doorman(settings)))
     async with _agent(settings, identity) as agent:
         host, port = split_address(settings.listen)
         config = uvicorn.Config(
@@ -72,6 +74,7 @@ async def _serve(settings: AgentSettings, identity: Identity) -> None:
         )
         log.info("agent.started", host=settings.name, listen=settings.listen, doorman=settings.migration_listen)
         await uvicorn.Server(config).serve()
+    doorman.cancel()
 
 
 @asynccontextmanager
@@ -92,23 +95,25 @@ async def _agent(settings: AgentSettings, identity: Identity) -> AsyncIterator[A
         journal.close()
 
 
-async def _keep_doorman(settings: AgentSettings) -> None:
-    """Start the doorman unless one that an earlier agent started still holds its lock."""
-    lock = settings.run_directory / "doorman.lock"
-    if _locked(lock):
-        return
+async def _start_doorman(settings: AgentSettings) -> int:
+    """The pid of the host's doorman: one that an earlier agent started and that still holds its lock, or a new one."""
+    lock = str(settings.run_directory / "doorman.lock")
+    if (pid := doorman_pid(lock)) is not None:
+        return pid
     pid, port = await start_doorman(
-        settings.migration_listen, str(settings.doors), str(lock), str(settings.state_directory / "doorman.log")
+        settings.migration_listen, str(settings.doors), lock, str(settings.state_directory / "doorman.log")
     )
     log.info("doorman.started", pid=pid, port=port)
+    return pid
 
 
-def _locked(path: Path) -> bool:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+async def _keep_doorman(settings: AgentSettings, pid: int) -> None:
+    """Start another doorman whenever this one ends; moves under way do not need it."""
+    while True:
+        try:
+            await ProcessRef.of(pid).wait_exit()
+            log.warning("doorman.ended", pid=pid)
+            pid = await _start_doorman(settings)
+        except SealiftError as error:
+            log.error("doorman.missing", what=str(error))
+            await asyncio.sleep(_DOORMAN_AGAIN_S)
