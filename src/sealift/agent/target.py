@@ -105,6 +105,7 @@ class TargetMove(Move):
         """COMMITTED is written first; from then on the VM is this host's whatever happens."""
         if self.log.last is not Mark.COMMITTED:
             await asyncio.to_thread(self.log.write, Mark.COMMITTED, self.now())
+        await self.watch.enter("committed")
         try:
             await self._let_run()
             self.vms.take_in(self.order.hardware, self.vm)

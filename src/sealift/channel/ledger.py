@@ -16,14 +16,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from sealift.channel.session import PeerOpened
 from sealift.errors import BytesNotRetained, OffsetInvalid, RecordUnexpected
 
 LEAST_WINDOW: Final = 64 << 10
 """A channel keeps up to this much however small its share of the window is."""
 
 MAX_BLOCK: Final = 1 << 20
-_ACK_BYTES: Final = 4 << 20
+_ACK_BYTES: Final = 512 << 10
 
 
 @dataclass(slots=True)
@@ -218,19 +217,18 @@ class Ledger:
         self.confirmed = False
         """Whether a connection was confirmed before, as this side saw it: from then on it says RESUME."""
 
-    def meet(self, opened: PeerOpened) -> None:
-        """Judge the peer's first record and go on from where it is.
+    def meet(self, next_expected: int, first_retained: int, *, resumes: bool) -> None:
+        """Judge the peer's first record, OPEN or RESUME, and go on from where it is.
 
         Raises RecordUnexpected for an OPEN when the peer must know better, OffsetInvalid, BytesNotRetained; nothing
         has changed then.
         """
-        if not opened.resumes and (self.into.expected or self.out.acked):
+        if not resumes and (self.into.expected or self.out.acked):
             raise RecordUnexpected("the peer opened a channel from the beginning that had gone on before")
-        if opened.first_retained > self.into.expected:
+        if first_retained > self.into.expected:
             raise BytesNotRetained(
-                f"the peer holds its stream only from offset {opened.first_retained} on,"
-                f" and {self.into.expected} comes next"
+                f"the peer holds its stream only from offset {first_retained} on, and {self.into.expected} comes next"
             )
-        self.out.resume(opened.next_expected)
+        self.out.resume(next_expected)
         self.into.acked = 0  # the last acknowledgement may have been lost with its connection: it is said again
         self.confirmed = True

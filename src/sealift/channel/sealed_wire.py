@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from sealift.channel.carrier import Carrier
+from sealift.channel.carrier import Carrier, Replaced
 from sealift.channel.liveness import Beat
 from sealift.channel.noise import Initiator, Responder, TransportKeys
 from sealift.channel.protocol import MESSAGE_BYTES, RECORD_OVERHEAD, ChannelSpec, CloseReason, Kind, Preface
@@ -33,7 +33,7 @@ from sealift.channel.wire import (
     receive_exactly,
     set_remaining,
 )
-from sealift.errors import HandshakeFailed, OpenMissing, RecordUnexpected, StreamTruncated
+from sealift.errors import ChannelError, HandshakeFailed, OpenMissing, RecordUnexpected, StreamTruncated
 from sealift.errors import PeerClosed as PeerClosedError
 
 _CONTROL_BUFFER_BYTES: Final = CONTROL_RECORD_BYTES + RECORD_OVERHEAD
@@ -181,16 +181,24 @@ class SealedControl(_Sealed):
 
     def _take(self) -> list[memoryview | Beat | None]:
         found: list[memoryview | Beat | None] = []
-        while (event := self._receiving.next_event()) is not None:
-            if isinstance(event, Heartbeat):
-                found.append(Beat(event.clock_us, event.heard_us, event.held_us))
-            elif not self._accept(event):
-                self._heard(event)
-            elif isinstance(event, Data):
-                found.append(memoryview(bytes(event.view)))
-            elif isinstance(event, PeerEnded):
-                found.append(None)
+        try:
+            while (event := self._receiving.next_event()) is not None:
+                self._sort(event, found)
+        except (ChannelError, Replaced):
+            if not found:
+                raise
+            # What was accepted is ours to deliver; the same error comes again at the next call.
         return found
+
+    def _sort(self, event: Event, found: list[memoryview | Beat | None]) -> None:
+        if isinstance(event, Heartbeat):
+            found.append(Beat(event.clock_us, event.heard_us, event.held_us))
+        elif not self._accept(event):
+            self._heard(event)
+        elif isinstance(event, Data):
+            found.append(memoryview(bytes(event.view)))
+        elif isinstance(event, PeerEnded):
+            found.append(None)
 
 
 Accept = Callable[[Carrier[Any]], "tuple[SealedData | SealedControl, bytes]"]
@@ -265,7 +273,7 @@ class Handshaker:
     @staticmethod
     def _meet(opened: PeerOpened, sending: SendHalf, carrier: Carrier[Any]) -> None:
         with carrier.lock:
-            carrier.ledger.meet(opened)
+            carrier.ledger.meet(opened.next_expected, opened.first_retained, resumes=opened.resumes)
         sending.peer_opened()
 
     def _halves(self, keys: TransportKeys, preface: Preface) -> tuple[SendHalf, ReceiveHalf]:
