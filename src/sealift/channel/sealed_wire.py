@@ -167,6 +167,8 @@ class SealedData(_Sealed):
 class SealedControl(_Sealed):
     """The control channel's connection."""
 
+    _failed: ChannelError | Replaced | None = None
+
     def send_beat(self, beat: Beat) -> None:
         """One HEARTBEAT record."""
         self.sock.sendall(self._sending.heartbeat(beat.clock, beat.heard, beat.held))
@@ -180,14 +182,16 @@ class SealedControl(_Sealed):
         return found
 
     def _take(self) -> list[memoryview | Beat | None]:
+        if self._failed is not None:
+            raise self._failed
         found: list[memoryview | Beat | None] = []
         try:
             while (event := self._receiving.next_event()) is not None:
                 self._sort(event, found)
-        except (ChannelError, Replaced):
+        except (ChannelError, Replaced) as error:
             if not found:
                 raise
-            # What was accepted is ours to deliver; the same error comes again at the next call.
+            self._failed = error  # for the next call: what was accepted before is this side's to deliver
         return found
 
     def _sort(self, event: Event, found: list[memoryview | Beat | None]) -> None:
