@@ -114,8 +114,10 @@ def test_cut_at_any_byte_both_ways_with_any_acknowledgements_the_stream_is_exact
         both = connect(number)
         first = source.first(both.source)
         target.hear(both.target, first)
-        answer = target.first(both.target) if not target.ledger.confirmed else both.target.send.resume(
-            target.ledger.into.expected, target.ledger.out.acked
+        answer = (
+            target.first(both.target)
+            if not target.ledger.confirmed
+            else both.target.send.resume(target.ledger.into.expected, target.ledger.out.acked)
         )
         if lost_open:  # the target counts the connection, the source never hears of it
             continue

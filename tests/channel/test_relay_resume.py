@@ -1,4 +1,4 @@
-"""Links that break under real relays: the stream goes on, exactly; and when it cannot, local sockets are closed first."""
+"""Links that break under real relays: the stream goes on, exactly; when it cannot, local sockets close first."""
 
 from __future__ import annotations
 
