@@ -197,7 +197,7 @@ ALLOWED = {
 @pytest.mark.parametrize("kind", RecordType)
 @pytest.mark.parametrize("state", Receiving)
 def test_an_authentic_record_out_of_place(state, kind, control):
-    """DATA before OPEN, DATA after END, RESUME in the middle, a second OPEN, HEARTBEAT on a data channel, and the others."""
+    """DATA before OPEN or after END, RESUME in the middle, a second OPEN, HEARTBEAT on a data channel, and others."""
     both = pair(control=control)
     sealer = raw_sealer(both.source)
     before = deliver(both.target.receive, b"".join(seal(sealer, k, PAYLOADS[k]) for k in LEAD_IN[state]))

@@ -22,7 +22,7 @@ LEAST_WINDOW: Final = 64 << 10
 """A channel keeps up to this much however small its share of the window is."""
 
 MAX_BLOCK: Final = 1 << 20
-_ACK_BYTES: Final = 1 << 20
+_ACK_BYTES: Final = 4 << 20
 
 
 @dataclass(slots=True)

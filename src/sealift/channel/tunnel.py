@@ -67,6 +67,7 @@ class Tunnel:
         self._reconnects = reconnects
         self._drained = False
         self._asleep = False
+        self._seen = 0
 
     def start(self) -> None:
         """Start both threads."""
@@ -127,9 +128,12 @@ class Tunnel:
         """Wait for something to do; when what is owed must be acknowledged, if anything is."""
         into = self._ledger.into
         now = time.monotonic()
+        wait = ACK_S
         if not into.owes_ack:
             acknowledge_at = None
-            self._asleep = True
+            # While bytes keep coming, looking now and then costs less than being woken for the first of them.
+            self._asleep = into.delivered == self._seen
+            self._seen = into.delivered
         elif acknowledge_at is None:
             acknowledge_at = now + ACK_S
         elif acknowledge_at <= now:
@@ -138,7 +142,9 @@ class Tunnel:
         if self._asleep and into.owes_ack:
             self._asleep = False  # it came just now, and its thread may not have seen us lie down
             return acknowledge_at
-        poller.poll(None if acknowledge_at is None else 1 + int((acknowledge_at - now) * 1000))
+        if acknowledge_at is not None:
+            wait = acknowledge_at - now
+        poller.poll(None if self._asleep else 1 + int(wait * 1000))
         self._asleep = False
         self.carrier.waker.clear()
         return acknowledge_at
