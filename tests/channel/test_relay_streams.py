@@ -308,7 +308,7 @@ def test_wrong_process_at_the_targets_socket_ends_the_move(site: Site) -> None:
 
 
 def test_one_target_memory_stays_small_with_four_data_channels(site: Site) -> None:
-    with site.pair(channel_spec(4)) as pair:
+    with site.pair(channel_spec(4, window=16 << 20)) as pair:
         ends = [pair.connect() for _ in range(4)]
         data = os.urandom(16 << 20)
         threads = [pump(near, data) for near, _ in ends]
