@@ -119,6 +119,7 @@ def test_target_opens_local_connections_in_channel_order_however_they_arrive(sit
 
 def test_messages_pass_both_ways_and_are_waited_for(site: Site) -> None:
     with site.pair() as pair:
+        pair.target.event("connected")
         assert pair.source.ask("send", message={"type": "READY", "text": "grüße", "n": [1, 2]})["sent"]
         ready = pair.target.event("message")
         assert ready["message"] == {"type": "READY", "text": "grüße", "n": [1, 2]}

@@ -140,8 +140,8 @@ class Move:
         link = ControlLink(self.carrier(0), self.outbox, self, self.events, self.spec.silence_s)
         with self._lock:
             self._link = link
-        link.start()
         self.events.add("connected")
+        link.start()
         self.connected.set()
 
     def start_tunnel(self, channel: int, local: socket.socket) -> None:
