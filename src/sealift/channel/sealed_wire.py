@@ -13,19 +13,8 @@ from sealift.channel.liveness import Beat
 from sealift.channel.noise import Initiator, Responder, TransportKeys
 from sealift.channel.protocol import MESSAGE_BYTES, RECORD_OVERHEAD, ChannelSpec, CloseReason, Kind, Preface
 from sealift.channel.relay_spec import SealedSecrets
-from sealift.channel.session import (
-    Acknowledged,
-    Data,
-    Event,
-    Heartbeat,
-    PeerClosed,
-    PeerEnded,
-    PeerOpened,
-    ReceiveHalf,
-    SendHalf,
-    bind,
-    halves,
-)
+from sealift.channel.said import Acknowledged, Data, Event, Heartbeat, PeerClosed, PeerEnded, PeerOpened
+from sealift.channel.session import ReceiveHalf, SendHalf, bind, halves
 from sealift.channel.wire import (
     CONTROL_RECORD_BYTES,
     RETURN_PATH_BYTES,

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
@@ -48,58 +47,12 @@ from sealift.channel.protocol import (
     RekeyLimits,
 )
 from sealift.channel.records import RecordHeader, RecordOpener, RecordSealer
+from sealift.channel.said import Acknowledged, Data, Event, Heartbeat, PeerClosed, PeerEnded, PeerOpened
 from sealift.secret import Secret
 
 _OFFSETS: Final = struct.Struct(">QQ")
 _OFFSET: Final = struct.Struct(">Q")
 _HEARTBEAT: Final = struct.Struct(">QQQ")
-
-
-@dataclass(frozen=True, slots=True)
-class PeerOpened:
-    """The peer holds the keys: its first record, OPEN or RESUME, verified."""
-
-    next_expected: int
-    first_retained: int
-    resumes: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Verified bytes of the stream. ``view`` is good until the next call on the half that gave it."""
-
-    view: memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class Acknowledged:
-    """Everything of our stream before ``next_expected`` was written in full to the peer's local socket."""
-
-    next_expected: int
-
-
-@dataclass(frozen=True, slots=True)
-class PeerEnded:
-    """The peer's stream ended where the peer ended it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """The peer's clock when it sent, the last clock of ours it had heard (0: none), how long it held it; all in us."""
-
-    clock_us: int
-    heard_us: int
-    held_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class PeerClosed:
-    """The peer gave the channel up."""
-
-    reason: CloseReason
-
-
-Event = PeerOpened | Data | Acknowledged | PeerEnded | Heartbeat | PeerClosed
 
 
 class Sending(Enum):
