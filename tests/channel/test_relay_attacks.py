@@ -169,7 +169,8 @@ def test_a_record_reflected_to_its_sender_is_refused(site: Site) -> None:
 
     with Middle(site.port, forward=reflect) as middle, site.pair(port=middle.port, record_bytes=RECORD) as pair:
         near, far = pair.connect()
-        near.sendall(DATA[: 4 * RECORD])
+        with contextlib.suppress(OSError):  # the relay may have closed it before all is written
+            near.sendall(DATA[: 4 * RECORD])
         assert pair.source.event("broken")["slug"] == "record_forged"
         assert read_all(near) == b"", "the reflected bytes must not come back to the source's QEMU"
         assert DATA.startswith(read_all(far))
