@@ -306,6 +306,18 @@ class SequenceExhausted(ChannelError):
     slug = "sequence_exhausted"
 
 
+class OffsetInvalid(ChannelError):
+    """The peer named an offset below what it had acknowledged, or above what was ever sent to it."""
+
+    slug = "offset_invalid"
+
+
+class BytesNotRetained(ChannelError):
+    """The peer no longer holds bytes of the stream that this side has not received; nobody skips them."""
+
+    slug = "bytes_not_retained"
+
+
 class PeerSilent(ChannelError):
     """Nothing was heard from the other host's relay for five seconds."""
 

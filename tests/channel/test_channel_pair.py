@@ -10,6 +10,7 @@ from sealift.channel.protocol import MAX_PAYLOAD, OPEN_RECORD_BYTES, CloseReason
 from sealift.channel.session import (
     _RECEIVING,
     _SENDING,
+    Acknowledged,
     Data,
     Heartbeat,
     PeerClosed,
@@ -122,8 +123,8 @@ def test_a_close_after_the_end_is_still_heard():
 def test_the_tables_name_every_state():
     assert set(_SENDING) == set(Sending)
     assert set(_RECEIVING) == set(Receiving)
-    reserved = {RecordType.RESUME, RecordType.ACK}
-    assert not any(reserved & set(row) for row in [*_SENDING.values(), *_RECEIVING.values()])
+    for table in (_SENDING, _RECEIVING):
+        assert set().union(*(set(row) for row in table.values())) == set(RecordType)
 
 
 def _in(state: Sending) -> SendHalf:
@@ -142,11 +143,13 @@ def _in(state: Sending) -> SendHalf:
 
 
 @pytest.mark.parametrize("state", Sending)
-@pytest.mark.parametrize("kind", [k for k in RecordType if k not in (RecordType.RESUME, RecordType.ACK)])
+@pytest.mark.parametrize("kind", RecordType)
 def test_a_sender_does_what_its_table_says_and_nothing_else(state, kind):
     half = _in(state)
     acts = {
         RecordType.OPEN: half.open,
+        RecordType.RESUME: lambda: half.resume(5, 6),
+        RecordType.ACK: lambda: half.ack(7),
         RecordType.DATA: lambda: data(half, b"payload"),
         RecordType.END: half.end,
         RecordType.HEARTBEAT: lambda: half.heartbeat(1, 2, 3),
@@ -186,13 +189,19 @@ def test_data_is_sealed_from_the_callers_buffer_into_the_callers_buffer():
     assert payloads(deliver(both.target.receive, bytes(out[10 : 10 + written]))) == b"stream"
 
 
-def test_opening_at_an_offset_is_not_of_this_version():
-    half = pair().source.send
-    with pytest.raises(RecordUnexpected):
-        half.open(1, 0)
-    with pytest.raises(RecordUnexpected):
-        half.open(0, 1)
-    assert half.records == 0
+def test_resume_stands_in_for_open_and_carries_both_offsets():
+    both = pair()
+    assert deliver(both.target.receive, both.source.send.resume(7, 2**64 - 1)) == [PeerOpened(7, 2**64 - 1, True)]
+    both.target.send.peer_opened()
+    assert deliver(both.source.receive, both.target.send.resume(0, 0)) == [PeerOpened(0, 0, True)]
+    both.source.send.peer_opened()
+    assert deliver(both.target.receive, data(both.source.send, b"on we go")) == [b"on we go"]
+
+
+def test_acknowledgements_go_on_after_the_end():
+    both = opened()
+    stream = both.source.send.ack(3) + both.source.send.end() + both.source.send.ack(2**64 - 1)
+    assert deliver(both.target.receive, stream) == [Acknowledged(3), PeerEnded(), Acknowledged(2**64 - 1)]
 
 
 def test_wiping_a_receiver_overwrites_what_it_held():

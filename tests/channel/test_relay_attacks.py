@@ -23,11 +23,16 @@ def site():
         yield made
 
 
-def flip(offset: int):
-    """Flip one bit of the fourth record."""
+def meant(number: int, record: bytes) -> bool:
+    """The fourth record of each connection, if it carries enough of the stream that more will follow."""
+    return number == 3 and len(record) > 1000
+
+
+def flip(offset: int, least: int = 1000):
+    """Flip one bit of the fourth record, if it has ``least`` bytes."""
 
     def harm(passing: Passing, number: int, record: bytes) -> bytes:
-        if number != 3:
+        if number != 3 or len(record) < least:
             return record
         changed = bytearray(record)
         changed[offset] ^= 1
@@ -37,38 +42,38 @@ def flip(offset: int):
 
 
 def truncate(passing: Passing, number: int, record: bytes) -> bytes | None:
-    return record if number < 3 else None
+    return None if meant(number, record) else record
 
 
 def half_a_record(passing: Passing, number: int, record: bytes) -> bytes | None:
-    if number < 3:
+    if not meant(number, record):
         return record
     passing.target.sendall(record[: len(record) // 2])
     return None
 
 
 def drop(passing: Passing, number: int, record: bytes) -> bytes:
-    return record if number != 3 else b""
+    return b"" if meant(number, record) else record
 
 
 def replay(passing: Passing, number: int, record: bytes) -> bytes:
-    return record * 2 if number == 3 else record
+    return record * 2 if meant(number, record) else record
 
 
 def oversize(passing: Passing, number: int, record: bytes) -> bytes:
-    return record if number != 3 else record[:1] + b"\xff\xff\xff" + record[4:]
+    return record[:1] + b"\xff\xff\xff" + record[4:] if meant(number, record) else record
 
 
 def unknown_type(passing: Passing, number: int, record: bytes) -> bytes:
-    return record if number != 3 else b"\x63" + record[1:]
+    return b"\x63" + record[1:] if meant(number, record) else record
 
 
 def reserved_type(passing: Passing, number: int, record: bytes) -> bytes:
-    return record if number != 3 else b"\x02\x00\x00\x10" + record[4:]
+    return b"\x02\x00\x00\x10" + record[4:] if meant(number, record) else record
 
 
 def forged_end(passing: Passing, number: int, record: bytes) -> bytes:
-    return record if number != 3 else b"\x05\x00\x00\x00" + bytes(16)
+    return b"\x05\x00\x00\x00" + bytes(16) if meant(number, record) else record
 
 
 def make_reorder():
@@ -76,10 +81,11 @@ def make_reorder():
 
     def harm(passing: Passing, number: int, record: bytes) -> bytes:
         nonlocal kept
-        if number == 3:
+        if meant(number, record):
             kept = record
             return b""
-        return record + kept if number == 4 else record
+        follows, kept = record + kept, b""
+        return follows
 
     return harm
 
@@ -100,7 +106,8 @@ def make_reorder():
         pytest.param(forged_end, "record_forged", id="forged end of stream"),
     ],
 )
-def test_harm_to_a_record_ends_the_move_with_its_name(site: Site, harm, slug: str) -> None:
+def test_harm_to_a_record_costs_connections_and_not_one_byte(site: Site, harm, slug: str) -> None:
+    """Every connection of the channel is harmed anew; what was sound before the harm is progress all the same."""
     with (
         Middle(site.port, forward=harm) as middle,
         site.pair(port=middle.port, record_bytes=RECORD) as pair,
@@ -108,23 +115,20 @@ def test_harm_to_a_record_ends_the_move_with_its_name(site: Site, harm, slug: st
     ):
         other_near, other_far = other.connect()
         near, far = pair.connect()
-        try:
-            near.sendall(DATA)
-            near.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the relay may have closed it already
-        received = read_all(far)
-        assert len(received) < len(DATA)
-        assert DATA.startswith(received), "a wrong byte reached the local side"
-        found = [relay.event("broken")["slug"] for relay in (pair.target, pair.source)]
-        if slug == "stream_truncated":  # either side may see the cut first, and tells the other
-            assert slug in found
+        near.sendall(DATA)
+        near.shutdown(socket.SHUT_WR)
+        assert read_all(far) == DATA
+        far.close()
+        assert read_all(near) == b""
+        for relay in (pair.source, pair.target):
+            relay.event("drained")
+            assert "broken" not in [e["type"] for e in relay.events()]
+        if slug == "stream_truncated":  # either side may see the cut first
+            assert slug in pair.source.status()["interrupted"] | pair.target.status()["interrupted"]
         else:
-            assert found[0] == slug
-        assert set(found) <= {slug, "peer_closed", "stream_truncated"}
-        assert read_all(near) == b"", "the source's local socket must be closed as well"
-        assert pair.target.status()["state"] == "broken"
-        assert os.listdir(site.doors) == [f"{other.spec.attempt.hex()}.sock"], "a broken move keeps no door open"
+            assert slug in pair.target.status()["interrupted"]
+            assert slug in {e["slug"] for e in pair.target.events() if e["type"] == "interrupted"}
+        assert pair.source.status()["reconnects"] > 0
         check_alive(other, other_near, other_far)
 
 
@@ -142,23 +146,16 @@ def check_alive(pair: Pair, near: socket.socket, far: socket.socket) -> None:
 
 @pytest.mark.parametrize("channel", [0, 1])
 def test_flipped_bit_on_the_way_back_is_found_by_the_source(site: Site, channel: int) -> None:
-    with (
-        Middle(site.port, channel=channel, backward=flip(10)) as middle,
-        site.pair(port=middle.port, silence_s=1.0) as pair,
-    ):
+    with Middle(site.port, channel=channel, backward=flip(10, least=21)) as middle, site.pair(port=middle.port) as pair:
         near, far = pair.connect()
         for n in range(10):
             pair.target.ask("send", message={"type": "READY", "n": n})
-            try:
-                far.sendall(b"12345678")
-                near.recv(8)
-            except OSError:
-                break
-        assert pair.source.event("broken")["slug"] == "record_forged"
-        assert read_all(near) == b""
-        assert [e["message"]["n"] for e in pair.source.events() if e["type"] == "message"] == list(
-            range(len([e for e in pair.source.events() if e["type"] == "message"]))
-        )
+            far.sendall(b"%08d" % n)
+        assert exactly(near, 80) == b"".join(b"%08d" % n for n in range(10))
+        assert pair.source.event("message", nth=10)["message"]["n"] == 9
+        assert pair.source.event("interrupted")["slug"] == "record_forged"
+        messages = [e["message"]["n"] for e in pair.source.events() if e["type"] == "message"]
+        assert messages == list(range(10)), "no message may be lost or doubled"
 
 
 def test_a_record_reflected_to_its_sender_is_refused(site: Site) -> None:
@@ -169,11 +166,12 @@ def test_a_record_reflected_to_its_sender_is_refused(site: Site) -> None:
 
     with Middle(site.port, forward=reflect) as middle, site.pair(port=middle.port, record_bytes=RECORD) as pair:
         near, far = pair.connect()
-        with contextlib.suppress(OSError):  # the relay may have closed it before all is written
-            near.sendall(DATA[: 4 * RECORD])
-        assert pair.source.event("broken")["slug"] == "record_forged"
-        assert read_all(near) == b"", "the reflected bytes must not come back to the source's QEMU"
-        assert DATA.startswith(read_all(far))
+        near.sendall(DATA[: 4 * RECORD])
+        assert pair.source.event("interrupted")["slug"] == "record_forged"
+        assert exactly(far, 4 * RECORD) == DATA[: 4 * RECORD]
+        near.setblocking(False)
+        with pytest.raises(BlockingIOError):  # the reflected bytes must not come back to the source's QEMU
+            near.recv(1)
 
 
 @pytest.mark.parametrize("changed", ["psk", "nonce", "subject"])
@@ -301,7 +299,7 @@ def test_a_flood_of_refusals_is_counted_and_listed_only_in_part(site: Site) -> N
 
 
 def test_silent_peer_closes_the_local_sockets(site: Site) -> None:
-    with site.pair(silence_s=0.6) as pair:
+    with site.pair(silence_s=0.6, patience_s=0.5, give_up_s=0.5) as pair:
         near, far = pair.connect()
         near.sendall(b"x")
         assert far.recv(1) == b"x"
@@ -313,12 +311,12 @@ def test_silent_peer_closes_the_local_sockets(site: Site) -> None:
             pair.target.signal(signal.SIGCONT)
         assert broken["slug"] == "peer_silent"
         assert "0.6" in broken["what"]
-        assert pair.target.event("broken")["slug"] in ("peer_closed", "peer_silent")
+        assert pair.target.event("broken")["slug"] in ("peer_closed", "peer_silent", "stream_truncated")
         assert read_all(far) == b""
 
 
 def test_silent_peer_behind_full_sockets_still_ends_the_move(site: Site) -> None:
-    with site.pair(silence_s=0.6) as pair:
+    with site.pair(silence_s=0.6, patience_s=0.5, give_up_s=0.5) as pair:
         near, far = pair.connect()
         near.settimeout(None)
         pair.target.signal(signal.SIGSTOP)
@@ -333,12 +331,13 @@ def test_silent_peer_behind_full_sockets_still_ends_the_move(site: Site) -> None
         pair.target.event("broken")
 
 
-def test_killed_relay_is_noticed_at_once_at_the_other_side(site: Site) -> None:
-    with site.pair() as pair:
+def test_a_killed_relay_is_given_up(site: Site) -> None:
+    with site.pair(give_up_s=0.5) as pair:
         near, far = pair.connect()
         pair.target.signal(signal.SIGKILL)
-        assert pair.source.event("broken")["slug"] == "stream_truncated"
         assert read_all(near) == b""
+        assert pair.source.event("broken")["slug"] == "stream_truncated"
+        assert "could not be resumed" in pair.source.event("broken")["what"]
         assert read_all(far) == b""
 
 

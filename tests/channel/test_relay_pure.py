@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sealift.channel.control_frames import FrameReader, encode_frame
 from sealift.channel.control_link import MAX_MESSAGES, ControlLink, Outbox
+from sealift.channel.ledger import Ledger
 from sealift.channel.liveness import Beat, Liveness, PeerClock
 from sealift.channel.protocol import CONTROL_FRAME_BYTES
 from sealift.channel.relay_control import EventList
@@ -33,20 +34,25 @@ def test_frames_survive_any_cutting(sent: list[dict], size: int) -> None:
 def test_a_peer_that_never_stops_talking_is_given_up() -> None:
     """What it says is kept until the process ends."""
 
-    class Talker:
-        def __init__(self, sock: socket.socket) -> None:
-            self.sock = sock
+    class Line:
+        ledger, lock = Ledger(1 << 20, 1 << 16), threading.Lock()
 
-        def receive(self) -> list[dict]:
-            return [{"type": "READY"}] * 10
+    class Owner:
+        failed: Exception | None = None
 
-    events = EventList()
-    here, there = socket.socketpair()
-    with here, there, events.waker:
-        link = ControlLink(Talker(here), Outbox(), None, events, 5.0)  # type: ignore[arg-type]
+        def fail(self, error: Exception) -> None:
+            self.failed = error
+
+    events, owner = EventList(), Owner()
+    with events.waker:
+        link = ControlLink(Line(), Outbox(), owner, events, 5.0)  # type: ignore[arg-type]
+        batch = memoryview(encode_frame({"type": "READY"}) * 10)
+        for _ in range(MAX_MESSAGES // 10):
+            link._deliver(batch)
         with pytest.raises(RecordUnexpected, match="messages"):
-            link._receive_until_ended()
-        assert len(events.after(0)) == MAX_MESSAGES
+            link._deliver(batch)
+        assert isinstance(owner.failed, RecordUnexpected)
+        assert len(events.after(0)) <= MAX_MESSAGES
         events._wake.close()
 
 

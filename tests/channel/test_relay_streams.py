@@ -119,6 +119,7 @@ def test_target_opens_local_connections_in_channel_order_however_they_arrive(sit
 
 def test_messages_pass_both_ways_and_are_waited_for(site: Site) -> None:
     with site.pair() as pair:
+        pair.target.event("connected")
         assert pair.source.ask("send", message={"type": "READY", "text": "grüße", "n": [1, 2]})["sent"]
         ready = pair.target.event("message")
         assert ready["message"] == {"type": "READY", "text": "grüße", "n": [1, 2]}
@@ -308,7 +309,7 @@ def test_wrong_process_at_the_targets_socket_ends_the_move(site: Site) -> None:
 
 
 def test_one_target_memory_stays_small_with_four_data_channels(site: Site) -> None:
-    with site.pair(channel_spec(4)) as pair:
+    with site.pair(channel_spec(4, window=16 << 20)) as pair:
         ends = [pair.connect() for _ in range(4)]
         data = os.urandom(16 << 20)
         threads = [pump(near, data) for near, _ in ends]

@@ -343,6 +343,9 @@ class PlayedRelayClient:
             relay.peer.add("message", message=message)
         self.fuse.point(f"after sending {message['type']}")
 
+    async def enter(self, phase: str) -> None:
+        await self.status()
+
     async def wait(self, after: int, timeout: float) -> list[dict[str, Any]]:
         while True:
             relay = self._there()

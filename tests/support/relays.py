@@ -274,13 +274,13 @@ class ByHand:
         self.sent = self._preface.encode() + self._initiator.message1()
         self.sock.sendall(self.sent)
 
-    def prove(self) -> None:
+    def prove(self, resume: tuple[int, int] | None = None) -> None:
         answer = exactly(self.sock, MESSAGE_BYTES)
         keys = self._initiator.message2(answer)
         self.sending, self.receiving = halves(
             keys, self._nonce, self._spec.limits, initiator=True, control=False, buffer_bytes=4096
         )
-        self.sock.sendall(self.sending.open())
+        self.sock.sendall(self.sending.resume(*resume) if resume else self.sending.open())
         while self.receiving.next_event() is None:
             got = self.sock.recv_into(self.receiving.space())
             assert got, "the target closed the connection"

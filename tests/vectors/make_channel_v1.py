@@ -68,15 +68,20 @@ RECORDS: dict[int, dict[str, list[tuple[RecordType, bytes]]]] = {
         ],
         "responder_to_initiator": [OPEN, (RecordType.DATA, b"return path"), (RecordType.END, b"")],
     },
-    # RESUME and ACK are reserved: their records are laid out like any other, but nobody sends or takes them yet.
+    # A later connection: each goes on where the other is, and acknowledges.
     3: {
         "initiator_to_responder": [
             (RecordType.RESUME, (1 << 40).to_bytes(8, "big") + (1 << 39).to_bytes(8, "big")),
-            (RecordType.ACK, (1 << 63).to_bytes(8, "big")),
+            (RecordType.ACK, ((1 << 40) + 8).to_bytes(8, "big")),
             (RecordType.DATA, bytes(i % 251 for i in range(MAX_PAYLOAD))),
             (RecordType.CLOSE, bytes([CloseReason.RECORD_REFUSED])),
         ],
-        "responder_to_initiator": [OPEN],
+        "responder_to_initiator": [
+            (RecordType.RESUME, ((1 << 39) + 7).to_bytes(8, "big") + ((1 << 40) - 3).to_bytes(8, "big")),
+            (RecordType.DATA, b"goes on"),
+            (RecordType.END, b""),
+            (RecordType.ACK, ((1 << 39) + 7).to_bytes(8, "big")),
+        ],
     },
 }
 

@@ -11,6 +11,7 @@ import asyncio
 
 from sealift.agent.commitlog import Mark
 from sealift.agent.move import Move
+from sealift.agent.watch import CONTROL
 from sealift.domain.move import Answer, MoveState
 from sealift.errors import (
     HypervisorError,
@@ -21,6 +22,7 @@ from sealift.errors import (
     QemuGone,
     QmpTimeout,
     SealiftError,
+    StreamTruncated,
     VmCrashed,
 )
 
@@ -28,6 +30,7 @@ _CONNECT_S = 15.0
 _RETRY_S = 1.0
 _SETTLE_S = 0.1
 _REASON_S = 1.0
+_LINK_S = 2.0  # how long the control channel may be interrupted before somebody else may carry the answer
 _HANDED_OVER_S = 0.002
 _HANDED_OVER = frozenset({"finish-migrate", "postmigrate"})
 _STOPPED = frozenset({*_HANDED_OVER, "paused"})
@@ -113,6 +116,7 @@ class SourceMove(Move):
     async def _switch_over(self) -> None:
         """The guest has stopped. LET_GO is durable before device state leaves, so COMMIT can never overtake it."""
         stopped = self.vm.last_event("STOP")
+        await self.watch.enter("switchover")
         await asyncio.to_thread(self.log.write, Mark.LET_GO, self.now())
         await self.vm.continue_switchover()
         self.note(MoveState.SWITCHOVER, stopped_at=stopped.time if stopped else None)
@@ -172,16 +176,21 @@ class SourceMove(Move):
     async def _commit(self) -> None:
         """QEMU completed: hand over until the target has answered. Nobody gives up here."""
         watch = self.watch
+        await watch.enter("committed")
         await self._handed_over()
         await watch.send("COMMIT", attempt=str(self.order.attempt), fence=self.order.fence)
         self.note(MoveState.COMMITTING)
         while (answer := self._answer()) is None:
             if watch.broken is not None:
                 self.note(MoveState.AWAITING_ANSWER, error=watch.broken)
+            elif watch.unheard and not await watch.until(
+                lambda: self._answer() is not None or not watch.unheard, _LINK_S
+            ):
+                # The relays go on trying, for ever; a controller may be quicker in carrying the answer.
+                self.note(MoveState.AWAITING_ANSWER, error=StreamTruncated(watch.interrupted.get(CONTROL, "")))
             await watch.until(
                 lambda: (
-                    self._answer() is not None
-                    or (watch.broken is not None and self.status.state is not MoveState.AWAITING_ANSWER)
+                    self._answer() is not None or (watch.unheard and self.status.state is not MoveState.AWAITING_ANSWER)
                 )
             )
         if answer is Answer.RUNNING:

@@ -125,6 +125,7 @@ class TargetMove(Move):
         except QmpRefused as failure:
             await self._revoke(failure)
             return
+        await self.watch.enter("committed")  # the answer must get through: our relay gives up no more
         self.vms.take_in(self.order.hardware, self.vm)
         # Not final before the source was told and the relay has ended: an agent that dies in between does it again.
         resumed_at = self.status.resumed_at

@@ -11,11 +11,17 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
+import structlog
+
 from sealift.channel.relay_client import RelayClient
+from sealift.channel.relay_spec import Phase
 from sealift.domain.move import Answer
 from sealift.errors import ChannelError, Conflict, HypervisorError, QemuGone, RelayGone, SealiftError, from_slug
 from sealift.hypervisor.base import RECONNECTED, MigrationInfo, QmpEvent, Vm
 
+log = structlog.get_logger()
+
+CONTROL = 0
 _POLL_S = 0.2
 _WAIT_S = 30.0
 _TELLING = frozenset({"MIGRATION", "STOP", "RESUME", "SHUTDOWN", RECONNECTED})
@@ -33,6 +39,8 @@ class Watch:
         self.qemu_gone = False
         self.connected = False
         self.broken: ChannelError | None = None if relay else RelayGone("the relay of this move has ended")
+        self.interrupted: dict[int, str] = {}
+        """The channels that have no connection now, and why; the relays see to it, and nothing is broken by it."""
         self.messages: dict[str, Mapping[str, Any]] = {}
         self.relay_status: Mapping[str, Any] = {}
         self.cancel_asked = False
@@ -93,6 +101,17 @@ class Watch:
             return False
         return True
 
+    async def enter(self, phase: Phase) -> None:
+        """Tell the relay how far the move is; one that is gone need not know."""
+        if self._relay is not None:
+            with contextlib.suppress(ChannelError):
+                await self._relay.enter(phase)
+
+    @property
+    def unheard(self) -> bool:
+        """Whether the other host's messages cannot come now."""
+        return self.broken is not None or CONTROL in self.interrupted
+
     async def look_at_relay(self) -> None:
         """Ask the relay for its counters."""
         if self._relay is not None:
@@ -146,6 +165,12 @@ class Watch:
             case "message":
                 message = event["message"]
                 self.messages[str(message.get("type"))] = message
+            case "interrupted":
+                self.interrupted[int(event["channel"])] = str(event["what"])
+                log.info("relay.interrupted", channel=event["channel"], slug=event["slug"], what=event["what"])
+            case "resumed":
+                self.interrupted.pop(int(event["channel"]), None)
+                log.info("relay.resumed", channel=event["channel"], outage_ms=event["outage_ms"])
             case "broken":
                 error = from_slug(str(event["slug"]), str(event["what"]))
                 self._break(error if isinstance(error, ChannelError) else ChannelError(error.what))

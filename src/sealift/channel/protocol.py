@@ -83,12 +83,12 @@ class RecordType(IntEnum):
     """What a record is. ``PAYLOAD_BYTES`` has the lengths each may have."""
 
     OPEN = 1
-    """First record each way: (next expected offset u64, first retained offset u64), both 0 in this version."""
+    """First record each way: (next expected offset u64, first retained offset u64), both 0: nothing came yet."""
     RESUME = 2
-    """Reserved for resume: refused in this version."""
+    """The same in place of OPEN, on every connection after the first that the sender saw confirmed."""
     DATA = 3
     ACK = 4
-    """Reserved for resume: refused in this version."""
+    """Next expected offset u64, cumulative: everything before it was written in full to the local socket."""
     END = 5
     """Authenticated end of the stream in this direction; occupies one offset."""
     HEARTBEAT = 6
@@ -121,7 +121,7 @@ class CloseReason(IntEnum):
     PEER_SILENT = 4
     """Nothing was heard on the control channel in time."""
     REPLACED = 5
-    """A newer connection of the same channel has taken this one's place."""
+    """Reserved: a connection that a newer one replaces is closed without a word."""
     OTHER_CHANNEL = 6
     """Another channel of the same move has ended badly."""
     INTERNAL = 7
@@ -188,8 +188,8 @@ class ChannelSpec:
     """The public part of a move's specification, which both ends must hold alike for a handshake to succeed.
 
     ``attempt``, ``subject`` (the VM's uuid), ``source`` and ``target`` (host ids) are 16 bytes each; ``channels``
-    counts the data channels (1 main and N multifd, not the control channel); ``window`` is in bytes and reserved for
-    resume. Raises InvalidInput for values that do not fit.
+    counts the data channels (1 main and N multifd, not the control channel); ``window`` is how many bytes a side may
+    keep for resume in each direction, all data channels together. Raises InvalidInput for values that do not fit.
     """
 
     attempt: bytes

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
+from sealift.channel.carrier import Carrier
 from sealift.channel.protocol import Preface
 from sealift.channel.relay_control import EventList
-from sealift.channel.relay_ends import SourceEnd, TargetEnd
+from sealift.channel.relay_ends import Accept, SourceEnd, TargetEnd
 from sealift.channel.relay_move import Move
 from sealift.channel.relay_spec import read_sealed
 from sealift.channel.sealed_wire import Handshaker
-from sealift.channel.wire import RETURN_PATH_BYTES, Wire
+from sealift.channel.wire import Wire
 
 CIPHER = "AES-256-GCM"
 
@@ -25,11 +27,11 @@ def open_relay(handover: socket.socket, events: EventList) -> tuple[Move, Source
     source = spec.role == "source"
     shaker = Handshaker(spec.spec, secrets, initiator=source, record_bytes=spec.record_bytes)
 
-    def join(sock: socket.socket, channel: int, epoch: int, deadline: float) -> Wire:
-        return shaker.initiate(sock, spec.spec.preface(channel, epoch), spec.record_bytes, deadline)
+    def join(sock: socket.socket, channel: int, epoch: int, carrier: Carrier[Any], deadline: float) -> Wire:
+        return shaker.initiate(sock, spec.spec.preface(channel, epoch), carrier, deadline)
 
-    def admit(sock: socket.socket, preface: Preface, deadline: float) -> tuple[Wire, bytes]:
-        return shaker.respond(sock, preface, RETURN_PATH_BYTES, deadline)
+    def admit(sock: socket.socket, preface: Preface, deadline: float) -> Accept:
+        return shaker.respond(sock, preface, deadline)
 
     def check(preface: Preface, sock: socket.socket) -> None:
         spec.spec.admit(preface)

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 from sealift.channel.control_frames import Message
 from sealift.channel.relay_control import RELAY_PROTOCOL, SOCKET_NAME, Event
-from sealift.channel.relay_spec import RelaySpec, encode_handover
+from sealift.channel.relay_spec import Phase, RelaySpec, encode_handover
 from sealift.errors import RelayGone, from_slug
 
 _START_S: Final = 10.0
@@ -237,6 +237,10 @@ class RelayClient:
     async def abort(self, reason: str) -> None:
         """Close the local sockets, then the channels; the process stays to report."""
         await self._asking.ask({"op": "abort", "reason": reason}, _REQUEST_S)
+
+    async def enter(self, phase: Phase) -> None:
+        """Say how far the move is, which decides how long a broken link may last."""
+        await self._asking.ask({"op": "phase", "phase": phase}, _REQUEST_S)
 
     async def close(self) -> None:
         """Let the process shut everything, remove its sockets and end; fine if it has ended already.

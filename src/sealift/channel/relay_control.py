@@ -3,7 +3,8 @@
 One request is one line, one answer is one line, in turn; any number of connections may come and go, and an agent that
 was restarted finds the relay here again. Requests (``op``): ``status``; ``send`` with ``message``; ``wait`` with
 ``after`` and ``timeout`` (seconds), answered as soon as there are events with a higher ``seq``; ``abort`` with
-``reason``; ``close``, answered when everything is shut, after which the process ends. Every answer has
+``reason``; ``phase`` with ``phase`` (``running``, ``switchover``, ``committed``), which says how long a broken link may
+last; ``close``, answered when everything is shut, after which the process ends. Every answer has
 ``"relay": 1``, the version of this protocol; a refused request has ``error`` (a slug) and ``what``.
 """
 
@@ -28,6 +29,7 @@ RELAY_PROTOCOL: Final = 1
 SOCKET_NAME: Final = "relay.sock"
 _MAX_LINE: Final = 64 << 10
 _MAX_REFUSALS: Final = 64
+_MAX_INTERRUPTIONS: Final = 1024
 _LONGEST_WAIT_S: Final = 3600.0
 
 Event = dict[str, Any]
@@ -40,6 +42,8 @@ class EventList:
         self._events: list[Event] = []
         self._lock = threading.Lock()
         self._refused: Counter[str] = Counter()
+        self._interrupted: Counter[str] = Counter()
+        self._resumed = 0
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
         self._wake.setblocking(False)
@@ -69,6 +73,34 @@ class EventList:
         if worth_telling:
             self.add("refused", slug=error.slug, what=error.what)
 
+    def interrupt(self, channel: int, error: SealiftError) -> None:
+        """Count a channel's lost connection by its cause; what an attacker can repeat for ever is only counted."""
+        with self._lock:
+            self._interrupted[error.slug] += 1
+            worth_telling = self._interrupted.total() <= _MAX_INTERRUPTIONS
+        if worth_telling:
+            self.add("interrupted", channel=channel, slug=error.slug, what=error.what)
+
+    def resume(self, channel: int, epoch: int, outage_ms: int) -> None:
+        """A channel goes on, on a new connection."""
+        with self._lock:
+            self._resumed += 1
+            worth_telling = self._resumed <= _MAX_INTERRUPTIONS
+        if worth_telling:
+            self.add("resumed", channel=channel, epoch=epoch, outage_ms=outage_ms)
+
+    @property
+    def interrupted(self) -> dict[str, int]:
+        """How often a connection was lost, by slug."""
+        with self._lock:
+            return dict(self._interrupted)
+
+    @property
+    def resumed(self) -> int:
+        """How often a channel has gone on, on a new connection."""
+        with self._lock:
+            return self._resumed
+
     def after(self, seq: int) -> list[Event]:
         """The events with higher numbers than ``seq``."""
         with self._lock:
@@ -87,6 +119,7 @@ class Steered(Protocol):
     def status(self) -> dict[str, Any]: ...
     def send(self, message: Message) -> None: ...
     def abort(self, reason: str) -> None: ...
+    def enter(self, phase: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -213,6 +246,9 @@ class ControlServer:
             case "abort":
                 self._steered.abort(str(request.get("reason", "")))
                 return {"aborted": True}
+            case "phase":
+                self._steered.enter(str(request.get("phase", "")))
+                return {"entered": True}
             case "close":
                 self._stopping = True
                 self._shut()

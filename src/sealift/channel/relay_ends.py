@@ -15,13 +15,15 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Final, cast
+from typing import Any, Final
 
+from sealift.channel.carrier import FATAL, Carrier
 from sealift.channel.local_sockets import ExpectedPeer, SourceListener, dial_target
-from sealift.channel.protocol import PREFACE_BYTES, CloseReason, Preface
+from sealift.channel.outages import delay_before
+from sealift.channel.protocol import PREFACE_BYTES, Preface
 from sealift.channel.relay_move import Move
 from sealift.channel.relay_spec import split_address
-from sealift.channel.wire import ControlWire, DataWire, Wire, prepare_tcp, shut
+from sealift.channel.wire import Wire, prepare_tcp, shut
 from sealift.errors import (
     ChannelError,
     EpochStale,
@@ -33,12 +35,16 @@ from sealift.errors import (
 
 MAX_UNCONFIRMED: Final = 8
 _RETRY_S: Final = 0.1
+_FIRST_RECORD_S: Final = 1.0
 
-Join = Callable[[socket.socket, int, int, float], Wire]
-"""(connection, channel, epoch, deadline) -> wire; raises OSError when the target just closes, ChannelError."""
+Join = Callable[[socket.socket, int, int, Carrier[Any], float], Wire]
+"""(connection, channel, epoch, carrier, deadline) -> wire; raises OSError when the target just closes, ChannelError."""
 
-Admit = Callable[[socket.socket, Preface, float], tuple[Wire, bytes]]
-"""(connection, preface, deadline) -> wire that counts from now on, and what to send first; raises ChannelError."""
+Accept = Callable[[Carrier[Any]], tuple[Wire, bytes]]
+"""(carrier without a connection) -> wire, and what to send on it first; raises ChannelError."""
+
+Admit = Callable[[socket.socket, Preface, float], Accept]
+"""(connection, preface, deadline) -> how to take it, now that it has proved itself; raises ChannelError."""
 
 
 class SourceEnd:
@@ -50,17 +56,25 @@ class SourceEnd:
         self._join = join
         self._address = split_address(move.spec.target)
         self._epochs: Counter[int] = Counter()
+        self._attempts: Counter[int] = Counter()
         self._peer = ExpectedPeer(move.spec.qemu_pid)
         self._listener = SourceListener(move.spec.directory, self._peer, move.spec.spec.channels)
         move.listening(self._listener.close)
+        move.reconnect_with(self._connect_again)
 
     def start(self) -> None:
         """Begin to connect and to accept."""
+        self._move.spawn("outages", self._move.watch_outages)
         self._move.spawn("connect", self._connect_control)
         self._move.spawn("accept", self._accept)
 
     def _connect_control(self) -> None:
-        self._move.start_control(cast("ControlWire", self._dial(0)))
+        """The first connection of all: a target that refuses or just closes is tried again for a while only."""
+        deadline = time.monotonic() + self._move.spec.patience_s
+        while not self._dial(0, deadline, last=lambda: time.monotonic() + _RETRY_S >= deadline):
+            if self._move.over.wait(_RETRY_S):
+                return
+        self._move.start_control()
 
     def _accept(self) -> None:
         for channel in range(1, self._move.spec.spec.channels + 1):
@@ -79,28 +93,51 @@ class SourceEnd:
 
     def _open(self, channel: int, local: socket.socket) -> None:
         self._move.connected.wait()
-        self._move.start_tunnel(channel, cast("DataWire", self._dial(channel)), local)
+        if not self._dial(channel, self._attempt_ends()):
+            self._move.outage(channel, StreamTruncated(f"no connection for channel {channel} could be made"))
+        self._move.start_tunnel(channel, local)
 
-    def _dial(self, channel: int) -> Wire:
-        """A confirmed connection; a target that refuses or just closes is tried again for a while."""
-        deadline = time.monotonic() + self._move.spec.patience_s
-        while True:
-            sock = socket.socket(self._family(), socket.SOCK_STREAM)
-            self._move.hold_wire(sock)
-            answered = False
-            try:
-                prepare_tcp(sock, data=channel > 0)
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                sock.connect(self._address)
-                answered = True
-                self._epochs[channel] += 1
-                wire = self._join(sock, channel, self._epochs[channel], deadline)
-                sock.settimeout(None)
-                return wire
-            except OSError as error:
-                self._move.drop_wire(sock)
-                if time.monotonic() + _RETRY_S >= deadline or self._move.over.wait(_RETRY_S):
-                    raise self._refused(answered, error) from None
+    def _connect_again(self, channel: int, new: bool) -> None:
+        if new:
+            self._attempts[channel] = 0
+        self._move.spawn(f"again-{channel}", lambda: self._resume(channel))
+
+    def _resume(self, channel: int) -> None:
+        """Connect a channel again; only the move's own end stops this."""
+        while not self._move.over.wait(delay_before(self._attempts[channel])):
+            self._attempts[channel] += 1
+            if self._dial(channel, self._attempt_ends()):
+                return
+
+    def _attempt_ends(self) -> float:
+        return time.monotonic() + self._move.spec.patience_s
+
+    def _dial(self, channel: int, deadline: float, *, last: Callable[[], bool] = lambda: False) -> bool:
+        """One attempt; whether a confirmed connection carries the channel now.
+
+        Raises ChannelError for what no further attempt can change, and for anything in the ``last`` one.
+        """
+        carrier = self._move.carrier(channel)
+        sock = socket.socket(self._family(), socket.SOCK_STREAM)
+        self._move.hold_wire(sock)
+        answered = False
+        try:
+            prepare_tcp(sock, data=channel > 0)
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            sock.connect(self._address)
+            answered = True
+            self._epochs[channel] += 1
+            wire = self._join(sock, channel, self._epochs[channel], carrier, deadline)
+            sock.settimeout(None)
+        except (ChannelError, OSError) as error:
+            self._move.drop_wire(sock)
+            if isinstance(error, FATAL):
+                raise
+            if last():
+                raise (error if isinstance(error, ChannelError) else self._refused(answered, error)) from None
+            return False
+        carrier.attach(wire, self._epochs[channel])
+        return True
 
     def _family(self) -> socket.AddressFamily:
         return socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
@@ -133,13 +170,16 @@ class TargetEnd:
         self._lock = threading.Lock()
         self._unconfirmed: OrderedDict[int, socket.socket] = OrderedDict()
         self._epochs: dict[int, int] = {}
+        self._begun: set[int] = set()
+        self._confirm_lock = threading.Lock()
         self._dial_lock = threading.Lock()
         self._next_channel = 1
-        self._waiting: dict[int, DataWire] = {}
+        self._waiting: set[int] = set()
         move.listening(self._close)
 
     def start(self) -> None:
         """Begin to take connections from the doorman."""
+        self._move.spawn("outages", self._move.watch_outages)
         self._move.spawn("door", self._watch_door)
 
     def _close(self) -> None:
@@ -178,54 +218,57 @@ class TargetEnd:
         try:
             sock.setblocking(True)
             prepare_tcp(sock, data=preface.channel > 0)
-            wire, first = self._admit(sock, preface, time.monotonic() + self._move.spec.patience_s)
-            self._confirm(preface)
+            accept = self._admit(sock, preface, time.monotonic() + self._move.spec.patience_s)
+            self._move.hold_wire(sock)
+            self._confirm(preface, accept)
         except (ChannelError, OSError) as error:
-            sock.close()
+            self._move.drop_wire(sock)
+            if isinstance(error, FATAL):
+                raise
             refusal = error if isinstance(error, ChannelError) else HandshakeFailed(f"a connection broke: {error}")
             self._move.events.refuse(refusal)
             return
         finally:
             with self._lock:
                 self._unconfirmed.pop(id(sock), None)
-        self._move.hold_wire(sock)
-        self._take(preface, wire, first)
 
     def _check_epoch(self, preface: Preface) -> None:
         if preface.epoch <= self._epochs.get(preface.channel, 0):
             raise EpochStale(f"channel {preface.channel} was confirmed before with this or a later epoch")
 
-    def _confirm(self, preface: Preface) -> None:
-        with self._lock:
+    def _confirm(self, preface: Preface, accept: Accept) -> None:
+        """The connection is the peer's: it takes the channel over, whatever carried it before."""
+        channel = preface.channel
+        carrier = self._move.carrier(channel)
+        with self._confirm_lock:
             self._check_epoch(preface)
-            again = preface.channel in self._epochs
-            self._epochs[preface.channel] = preface.epoch
-        if again:
-            # Only the peer itself can come this far. Its old stream is lost, and this version cannot resume it.
-            error = StreamTruncated(f"the other host's relay connected channel {preface.channel} anew")
-            self._move.fail(error)
-            raise error
-
-    def _take(self, preface: Preface, wire: Wire, first: bytes) -> None:
-        try:
+            self._epochs[channel] = preface.epoch
+            carrier.retire(StreamTruncated(f"the other host's relay connected channel {channel} anew"))
+            wire, first = accept(carrier)
+            wire.sock.settimeout(_FIRST_RECORD_S)
             wire.sock.sendall(first)
-        except OSError:
-            raise StreamTruncated(f"the connection of channel {preface.channel} broke as soon as it stood") from None
-        if preface.channel == 0:
-            self._move.start_control(cast("ControlWire", wire))
+            wire.sock.settimeout(None)
+            carrier.attach(wire, preface.epoch)
+            first_of_all = channel not in self._begun
+            self._begun.add(channel)
+        if first_of_all:
+            self._begin(channel)
+
+    def _begin(self, channel: int) -> None:
+        if channel == 0:
+            self._move.start_control()
             return
         with self._dial_lock:
-            self._waiting[preface.channel] = cast("DataWire", wire)
-            while (following := self._waiting.pop(self._next_channel, None)) is not None:
-                self._open_local(self._next_channel, following)
+            self._waiting.add(channel)
+            while self._next_channel in self._waiting:
+                self._open_local(self._next_channel)
                 self._next_channel += 1
 
-    def _open_local(self, channel: int, wire: DataWire) -> None:
+    def _open_local(self, channel: int) -> None:
         try:
             local = dial_target(self._move.spec.directory, self._peer)
         except ChannelError as error:
             self._move.fail(error)
-            wire.give_up(CloseReason.LOCAL_BROKEN)
             raise
         self._move.hold_local(local)
-        self._move.start_tunnel(channel, wire, local)
+        self._move.start_tunnel(channel, local)

@@ -1,5 +1,8 @@
 """What a relay or splice process knows of its one move: channels, sockets, how it stands, and how it ends.
 
+A sealed channel that loses its connection is interrupted, not broken: it has until the give-up time of the move's phase
+to get another. A plain one cannot be resumed, so there every interruption is the end.
+
 However a move ends badly, the order is the same: the local sockets first, so that no QEMU is left half-dead behind a
 socket that neither moves nor closes; then the channels, with the reason; then the event. Nothing here knows whether the
 channels are sealed.
@@ -16,15 +19,20 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from sealift.channel.carrier import Carrier
 from sealift.channel.control_frames import Message
 from sealift.channel.control_link import ControlLink, Outbox
+from sealift.channel.ledger import Ledger
+from sealift.channel.outages import Outages
 from sealift.channel.protocol import CloseReason
 from sealift.channel.relay_control import EventList
-from sealift.channel.relay_spec import RelaySpec
+from sealift.channel.relay_spec import PHASES, RelaySpec
 from sealift.channel.tunnel import LAST_WORDS_S, Tunnel
-from sealift.channel.wire import ControlWire, Counters, DataWire, shut
+from sealift.channel.wire import CONTROL_RECORD_BYTES, CONTROL_WINDOW, RETURN_PATH_BYTES, Counters, shut
 from sealift.errors import (
     ChannelAborted,
+    ChannelError,
+    InvalidInput,
     LocalClosed,
     LocalPeerRefused,
     PeerClosed,
@@ -69,6 +77,10 @@ class Move:
         self._drained = False
         self._link: ControlLink | None = None
         self._tunnels: dict[int, Tunnel] = {}
+        self._carriers: dict[int, Carrier[Any]] = {}
+        self._outages = Outages(spec.give_up_s, spec.switchover_timeout_s, time.monotonic())
+        self._outages_changed = threading.Condition(self._lock)
+        self._reconnect: Callable[[int, bool], None] | None = None
         self._drained_channels: set[int] = set()
         self._locals: list[socket.socket] = []
         self._wires: list[socket.socket] = []
@@ -111,25 +123,104 @@ class Move:
             self._wires.remove(sock)
         sock.close()
 
-    def start_control(self, wire: ControlWire) -> None:
+    def carrier(self, channel: int) -> Carrier[Any]:
+        """What carries a channel; made when it is first asked for, without a connection yet."""
+        with self._lock:
+            if channel not in self._carriers:
+                if channel == 0:
+                    ledger = Ledger(CONTROL_WINDOW, CONTROL_RECORD_BYTES)
+                else:
+                    outward = self.spec.record_bytes if self.spec.role == "source" else RETURN_PATH_BYTES
+                    ledger = Ledger(self.spec.spec.window // self.spec.spec.channels, outward)
+                self._carriers[channel] = Carrier(channel, ledger, self)
+            return self._carriers[channel]
+
+    def start_control(self) -> None:
         """The control channel is confirmed on both sides."""
-        link = ControlLink(wire, self.outbox, self, self.events, self.spec.silence_s)
+        link = ControlLink(self.carrier(0), self.outbox, self, self.events, self.spec.silence_s)
         with self._lock:
             self._link = link
-        link.start()
         self.events.add("connected")
+        link.start()
         self.connected.set()
 
-    def start_tunnel(self, channel: int, wire: DataWire, local: socket.socket) -> None:
+    def start_tunnel(self, channel: int, local: socket.socket) -> None:
         """A data channel is confirmed and has its local socket."""
-        tunnel = Tunnel(channel, wire, local, self)
+        resumes = self._cipher is not None
+        reconnects = resumes and self.spec.role == "source"
+        tunnel = Tunnel(self.carrier(channel), local, self, resumes=resumes, reconnects=reconnects)
         with self._lock:
             self._tunnels[channel] = tunnel
         tunnel.start()
 
+    def reconnect_with(self, reconnect: Callable[[int, bool], None]) -> None:
+        """What to do when a channel has lost its connection: given its number, and whether the outage is a new one."""
+        self._reconnect = reconnect
+
+    # Interruptions
+
+    def interrupted(self, channel: int, error: ChannelError) -> None:
+        """A channel has lost its connection; the source makes another, the target waits for it."""
+        if self.over.is_set():
+            return
+        if self._cipher is None:
+            self.fail(error)
+            return
+        self.events.interrupt(channel, error)
+        self.outage(channel, error)
+
+    def outage(self, channel: int, error: ChannelError) -> None:
+        """A channel has no connection from now on, and perhaps had none before."""
+        ledger = self.carrier(channel).ledger
+        with self._outages_changed:
+            mark = ledger.out.acked + ledger.into.expected
+            new = self._outages.begin(channel, mark, error, time.monotonic())
+            self._outages_changed.notify_all()
+        if self._reconnect is not None:
+            self._reconnect(channel, new)
+
+    def carried(self, channel: int, epoch: int, *, again: bool) -> None:
+        """A channel has a connection, for the first time or ``again``."""
+        with self._outages_changed:
+            lasted = self._outages.end(channel, time.monotonic())
+            self._outages_changed.notify_all()
+        if again:
+            self.events.resume(channel, epoch, round(lasted * 1000))
+
+    def silent(self, error: PeerSilent) -> None:
+        """The other host is not heard: every connection to it counts as broken."""
+        with self._lock:
+            carriers = list(self._carriers.values())
+        for carrier in carriers:
+            carrier.retire(error)
+
+    def enter(self, phase: str) -> None:
+        """The move has come further; raises InvalidInput for what is no phase."""
+        for known in PHASES:
+            if phase == known:
+                with self._outages_changed:
+                    self._outages.enter(known, time.monotonic())
+                    self._outages_changed.notify_all()
+                return
+        raise InvalidInput("the relay does not know this phase")
+
+    def watch_outages(self) -> None:
+        """Give up when a channel was broken for too long; runs in a thread of its own until the move is over."""
+        with self._outages_changed:
+            while self._error is None:
+                deadline = self._outages.deadline()
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._outages_changed.wait(left)
+            cause = self._outages.cause()
+        if cause is not None:
+            self.fail(type(cause)(f"{cause.what}; it could not be resumed in time", todo=cause.todo))
+
     def channel_drained(self, channel: int) -> None:
         """Both directions of a data channel have ended in order."""
         with self._lock:
+            self._outages.forget(channel)
             self._drained_channels.add(channel)
             if len(self._drained_channels) < self.spec.spec.channels or self._error is not None:
                 return
@@ -172,9 +263,10 @@ class Move:
         """The answer to the control socket's ``status``."""
         with self._lock:
             link, tunnels, error = self._link, list(self._tunnels.values()), self._error
+            carriers, phase = list(self._carriers.values()), self._outages.phase
         total = Counters()
-        for wire in [t.wire for t in tunnels] + ([link.wire] if link else []):
-            total.add(wire.counters())
+        for carrier in carriers:
+            total.add(carrier.counters())
         sealed, plain = (total, Counters()) if self._cipher else (Counters(), total)
         return {
             "state": self._state(),
@@ -188,6 +280,9 @@ class Move:
             "clock_offset_us": link.clock.offset_us if link else None,
             "rtt_us": link.clock.round_trip_us if link else None,
             "refused": self.events.refused,
+            "interrupted": self.events.interrupted,
+            "reconnects": self.events.resumed,
+            "phase": phase,
             "cipher": self._cipher,
             "channels": len(tunnels),
             "broken": {"slug": error.slug, "what": error.what} if error else None,
@@ -208,6 +303,7 @@ class Move:
     def _hold(self, held: list[socket.socket], sock: socket.socket) -> None:
         with self._lock:
             if self._error is None:
+                held[:] = [s for s in held if s.fileno() >= 0]
                 held.append(sock)
                 return
         sock.close()
@@ -218,10 +314,13 @@ class Move:
             if self._error is not None:
                 return False
             self._error = error
-            held = list(self._locals)
+            held, carriers = list(self._locals), list(self._carriers.values())
+            self._outages_changed.notify_all()
         self.over.set()
         for sock in held:
             shut(sock)
+        for carrier in carriers:
+            carrier.stir()
         return True
 
     def _bury(self) -> None:
@@ -240,6 +339,10 @@ class Move:
         _wait_all([t.inward_done for t in tunnels] + ([link.inward_done] if link else []), LAST_WORDS_S)
         for sock in wires:
             shut(sock)
+        with self._lock:
+            carriers = list(self._carriers.values())
+        for carrier in carriers:
+            carrier.ledger.out.wipe()
         self._wipe()
         self._buried.set()
 

@@ -22,11 +22,16 @@ from sealift.secret import Secret
 
 RECORD_BYTES: Final = 256 << 10
 SILENCE_S: Final = 5.0
+GIVE_UP_S: Final = 60.0
+SWITCHOVER_TIMEOUT_S: Final = 5.0
 SECRET_BYTES: Final = {Plan.SEALED: KEY_BYTES + NONCE_BYTES, Plan.PLAIN: ROUTE_BYTES}
 _MAX_JSON: Final = 64 << 10
 _LENGTH: Final = struct.Struct(">I")
 
 Role = Literal["source", "target"]
+Phase = Literal["running", "switchover", "committed"]
+"""The guest runs at the source; it is stopped and may still be resumed there; it is the target's."""
+PHASES: Final[tuple[Phase, ...]] = ("running", "switchover", "committed")
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,13 @@ class RelaySpec:
     record_bytes: int = RECORD_BYTES
     """Payload of a full record in the direction of the move, in bytes."""
     silence_s: float = SILENCE_S
-    """Seconds without a sign of life on the control channel after which the peer is given up."""
+    """Seconds without a sign of life on the control channel after which the connections count as broken."""
     patience_s: float = 5.0
-    """Source: how long a refused connection is tried again. Target: how long a handshake may take."""
+    """Source: how long the first connection is tried. Both: how long one attempt, handshake included, may take."""
+    give_up_s: float = GIVE_UP_S
+    """Seconds that a channel may be without connection while the guest runs at the source."""
+    switchover_timeout_s: float = SWITCHOVER_TIMEOUT_S
+    """The same while the guest is stopped and its source QEMU has not completed."""
 
 
 @dataclass(frozen=True)

@@ -5,30 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
-from sealift.channel.control_frames import FrameReader, Message, encode_frame
+from sealift.channel.carrier import Carrier, Replaced
 from sealift.channel.liveness import Beat
 from sealift.channel.noise import Initiator, Responder, TransportKeys
 from sealift.channel.protocol import MESSAGE_BYTES, RECORD_OVERHEAD, ChannelSpec, CloseReason, Kind, Preface
 from sealift.channel.relay_spec import SealedSecrets
-from sealift.channel.session import (
-    Data,
-    Event,
-    Heartbeat,
-    PeerClosed,
-    PeerEnded,
-    PeerOpened,
-    ReceiveHalf,
-    SendHalf,
-    bind,
-    halves,
+from sealift.channel.said import Acknowledged, Data, Event, Heartbeat, PeerClosed, PeerEnded, PeerOpened
+from sealift.channel.session import ReceiveHalf, SendHalf, bind, halves
+from sealift.channel.wire import (
+    CONTROL_RECORD_BYTES,
+    RETURN_PATH_BYTES,
+    Counters,
+    receive_exactly,
+    set_remaining,
 )
-from sealift.channel.wire import Counters, receive_exactly, set_remaining
-from sealift.errors import HandshakeFailed, OpenMissing, RecordUnexpected, StreamTruncated
+from sealift.errors import ChannelError, HandshakeFailed, OpenMissing, RecordUnexpected, StreamTruncated
 from sealift.errors import PeerClosed as PeerClosedError
 
-_CONTROL_BUFFER_BYTES: Final = 8 << 10
+_CONTROL_BUFFER_BYTES: Final = CONTROL_RECORD_BYTES + RECORD_OVERHEAD
 _EPHEMERAL_BYTES: Final = 32
 
 _REASONS: Final = {
@@ -45,14 +42,44 @@ _REASONS: Final = {
 class _Sealed:
     """What data and control connections have in common."""
 
-    def __init__(self, sock: socket.socket, sending: SendHalf, receiving: ReceiveHalf) -> None:
+    def __init__(
+        self, sock: socket.socket, sending: SendHalf, receiving: ReceiveHalf, carrier: Carrier[Any], out_bytes: int
+    ) -> None:
         self.sock = sock
         self._sending = sending
         self._receiving = receiving
+        self._carrier = carrier
+        self._sealed = memoryview(bytearray(out_bytes + RECORD_OVERHEAD))
 
-    def end(self) -> None:
-        """Authenticated half-close."""
-        self.sock.sendall(self._sending.end())
+    def push(self) -> None:
+        """Acknowledgements that are due, retained bytes from the cursor on, the authenticated end."""
+        carrier, out = self._carrier, self._carrier.ledger.out
+        while True:
+            with carrier.lock:
+                carrier.check(self)
+                due = carrier.ledger.into.ack_is_due
+                view = out.unsent()
+                ends = out.owes_end
+            if due:
+                self.acknowledge()
+            if len(view):
+                record: bytes | memoryview = self._sealed[: self._sending.data_into(view, self._sealed)]
+            elif ends:
+                record = self._sending.end()
+            else:
+                return
+            with carrier.lock:
+                carrier.check(self)
+                out.advance(len(view) or 1)
+            self.sock.sendall(record)
+
+    def acknowledge(self) -> None:
+        """One ACK record."""
+        carrier = self._carrier
+        with carrier.lock:
+            carrier.check(self)
+            offset = carrier.ledger.into.ack()
+        self.sock.sendall(self._sending.ack(offset))
 
     def give_up(self, reason: CloseReason) -> None:
         """CLOSE with the reason; a connection on which nothing can be sent any more is left alone."""
@@ -80,95 +107,98 @@ class _Sealed:
             raise PeerClosedError(f"the other host's relay closed the channel: {_REASONS[event.reason]}")
         raise RecordUnexpected("the peer sent a record that has no place here")
 
+    def _accept(self, event: Event) -> bool:
+        """Take what concerns the ledger; whether it was that. Nothing of a connection that was replaced is taken."""
+        carrier = self._carrier
+        ledger = carrier.ledger
+        with carrier.lock:
+            carrier.check(self)
+            match event:
+                case Data(view):
+                    ledger.into.accept(len(view))
+                case PeerEnded():
+                    ledger.into.end()
+                case Acknowledged(offset):
+                    ledger.out.acknowledge(offset)
+                case _:
+                    return False
+        if isinstance(event, Acknowledged):
+            carrier.waker.wake()
+        return True
+
+    def _receive(self) -> None:
+        """Bring more bytes; raises StreamTruncated at an end that is none, ConnectionError at one that may be."""
+        count = self.sock.recv_into(self._receiving.space())
+        if not count:
+            self._receiving.eof()
+            raise ConnectionError("the connection ended after both streams")
+        self._receiving.received(count)
+
 
 class SealedData(_Sealed):
-    """A data channel's connection. Buffers are allocated here, once."""
-
-    def __init__(self, sock: socket.socket, sending: SendHalf, receiving: ReceiveHalf, out_bytes: int) -> None:
-        super().__init__(sock, sending, receiving)
-        self._plain = memoryview(bytearray(out_bytes))
-        self._sealed = memoryview(bytearray(out_bytes + RECORD_OVERHEAD))
-
-    def space(self) -> memoryview:
-        """Where plaintext to be sent goes."""
-        return self._plain
-
-    def send(self, count: int) -> None:
-        """Seal and send one DATA record."""
-        size = self._sending.data_into(self._plain[:count], self._sealed)
-        self.sock.sendall(self._sealed[:size])
+    """A data channel's connection."""
 
     def receive(self) -> memoryview | None:
         """Verified plaintext, or None at the authenticated end."""
         half = self._receiving
         while True:
             event = half.next_event()
-            if isinstance(event, Data):
-                return event.view
-            if isinstance(event, PeerEnded):
-                return None
-            if event is not None:
+            if event is None:
+                self._receive()
+            elif not self._accept(event):
                 self._heard(event)
-            count = self.sock.recv_into(half.space())
-            if count:
-                half.received(count)
+            elif isinstance(event, Data):
+                return event.view
             else:
-                half.eof()
-                return None
-
-    def release(self) -> None:
-        """Overwrite and drop every buffer."""
-        super().release()
-        self._plain[:] = bytes(len(self._plain))
-        self._plain = self._sealed = memoryview(bytearray())
+                return None if isinstance(event, PeerEnded) else memoryview(b"")
 
 
 class SealedControl(_Sealed):
     """The control channel's connection."""
 
-    def __init__(self, sock: socket.socket, sending: SendHalf, receiving: ReceiveHalf) -> None:
-        super().__init__(sock, sending, receiving)
-        self._frames = FrameReader()
-        self._out = memoryview(bytearray(_CONTROL_BUFFER_BYTES))
-
-    def send_message(self, message: Message) -> None:
-        """One DATA record with one frame."""
-        size = self._sending.data_into(encode_frame(message), self._out)
-        self.sock.sendall(self._out[:size])
+    _failed: ChannelError | Replaced | None = None
 
     def send_beat(self, beat: Beat) -> None:
         """One HEARTBEAT record."""
         self.sock.sendall(self._sending.heartbeat(beat.clock, beat.heard, beat.held))
 
-    def receive(self) -> list[Message | Beat | None]:
+    def receive(self) -> list[memoryview | Beat | None]:
         """What one receive brought."""
-        half = self._receiving
-        found: list[Message | Beat | None] = []
-        self._take(found)
-        if found:
-            return found  # came together with the peer's OPEN
-        count = self.sock.recv_into(half.space())
-        if count:
-            half.received(count)
-            self._take(found)
-        else:
-            half.eof()
-            found.append(None)
+        found = self._take()
+        if not found:  # else it came together with the peer's first record
+            self._receive()
+            found = self._take()
         return found
 
-    def _take(self, found: list[Message | Beat | None]) -> None:
-        while (event := self._receiving.next_event()) is not None:
-            match event:
-                case Data(view):
-                    found += self._frames.feed(view)
-                case Heartbeat(clock, heard, held):
-                    found.append(Beat(clock, heard, held))
-                case PeerEnded():
-                    if self._frames.midway:
-                        raise StreamTruncated("the control stream ended in the middle of a message")
-                    found.append(None)
-                case _:
-                    self._heard(event)
+    def _take(self) -> list[memoryview | Beat | None]:
+        if self._failed is not None:
+            raise self._failed
+        found: list[memoryview | Beat | None] = []
+        try:
+            while (event := self._receiving.next_event()) is not None:
+                self._sort(event, found)
+        except (ChannelError, Replaced) as error:
+            if not found:
+                raise
+            self._failed = error  # for the next call: what was accepted before is this side's to deliver
+        return found
+
+    def _sort(self, event: Event, found: list[memoryview | Beat | None]) -> None:
+        if isinstance(event, Heartbeat):
+            found.append(Beat(event.clock_us, event.heard_us, event.held_us))
+        elif not self._accept(event):
+            self._heard(event)
+        elif isinstance(event, Data):
+            found.append(memoryview(bytes(event.view)))
+        elif isinstance(event, PeerEnded):
+            found.append(None)
+
+
+Accept = Callable[[Carrier[Any]], "tuple[SealedData | SealedControl, bytes]"]
+"""(carrier without a connection) -> wire, and the first record that is still to be sent on it.
+
+Raises what ``Ledger.meet`` raises.
+"""
 
 
 class Handshaker:
@@ -181,27 +211,25 @@ class Handshaker:
         self._record_bytes = record_bytes
 
     def initiate(
-        self, sock: socket.socket, preface: Preface, out_bytes: int, deadline: float
+        self, sock: socket.socket, preface: Preface, carrier: Carrier[Any], deadline: float
     ) -> SealedData | SealedControl:
-        """The source's part, preface included.
+        """The source's part, preface included; ``carrier`` has no connection now.
 
-        Raises HandshakeFailed and other channel errors; OSError (also TimeoutError) when the peer just goes away,
-        which is all it does when it refuses.
+        Raises OSError (also TimeoutError) when the peer just goes away, which is all it does when it refuses;
+        HandshakeFailed and other channel errors, those of ``Ledger.meet`` among them.
         """
         exchange = Initiator(self._secrets.key, bind(self.spec, preface, self._secrets.nonce), _ephemeral())
         set_remaining(sock, deadline)
         sock.sendall(preface.encode() + exchange.message1())
         keys = exchange.message2(receive_exactly(sock, MESSAGE_BYTES, deadline))
         sending, receiving = self._halves(keys, preface)
-        sock.sendall(sending.open())
-        self._await_open(sock, receiving, deadline)
-        sending.peer_opened()
-        return self._wire(sock, sending, receiving, preface, out_bytes)
+        sock.sendall(self._first(sending, carrier))
+        opened = self._await_open(sock, receiving, deadline)
+        self._meet(opened, sending, carrier)
+        return self._wire(sock, sending, receiving, preface, carrier)
 
-    def respond(
-        self, sock: socket.socket, preface: Preface, out_bytes: int, deadline: float
-    ) -> tuple[SealedData | SealedControl, bytes]:
-        """The target's part, after the preface: a wire and the OPEN record that is still to be sent on it.
+    def respond(self, sock: socket.socket, preface: Preface, deadline: float) -> Accept:
+        """The target's part, after the preface, until the peer has proved itself; what is left to do is returned.
 
         The connection counts from here on, and not before. Raises HandshakeFailed, OpenMissing and other channel
         errors, never OSError.
@@ -216,11 +244,30 @@ class Handshaker:
             raise HandshakeFailed(f"a connection gave up in the handshake: {error}") from None
         sending, receiving = self._halves(keys, preface)
         try:
-            self._await_open(sock, receiving, deadline)
+            opened = self._await_open(sock, receiving, deadline)
         except (OSError, StreamTruncated):
             raise OpenMissing("a connection did not prove itself with a first record in time") from None
+
+        def accept(carrier: Carrier[Any]) -> tuple[SealedData | SealedControl, bytes]:
+            first = self._first(sending, carrier)
+            self._meet(opened, sending, carrier)
+            return self._wire(sock, sending, receiving, preface, carrier), first
+
+        return accept
+
+    @staticmethod
+    def _first(sending: SendHalf, carrier: Carrier[Any]) -> bytes:
+        with carrier.lock:
+            ledger = carrier.ledger
+            if not ledger.confirmed:
+                return sending.open()
+            return sending.resume(ledger.into.expected, ledger.out.acked)
+
+    @staticmethod
+    def _meet(opened: PeerOpened, sending: SendHalf, carrier: Carrier[Any]) -> None:
+        with carrier.lock:
+            carrier.ledger.meet(opened.next_expected, opened.first_retained, resumes=opened.resumes)
         sending.peer_opened()
-        return self._wire(sock, sending, receiving, preface, out_bytes), sending.open()
 
     def _halves(self, keys: TransportKeys, preface: Preface) -> tuple[SendHalf, ReceiveHalf]:
         control = preface.kind is Kind.CONTROL
@@ -243,7 +290,7 @@ class Handshaker:
         return made
 
     @staticmethod
-    def _await_open(sock: socket.socket, receiving: ReceiveHalf, deadline: float) -> None:
+    def _await_open(sock: socket.socket, receiving: ReceiveHalf, deadline: float) -> PeerOpened:
         while (event := receiving.next_event()) is None:
             set_remaining(sock, deadline)
             count = sock.recv_into(receiving.space())
@@ -252,14 +299,20 @@ class Handshaker:
             receiving.received(count)
         assert isinstance(event, PeerOpened)  # the half lets nothing else be first
         sock.settimeout(None)
+        return event
 
-    @staticmethod
     def _wire(
-        sock: socket.socket, sending: SendHalf, receiving: ReceiveHalf, preface: Preface, out_bytes: int
+        self,
+        sock: socket.socket,
+        sending: SendHalf,
+        receiving: ReceiveHalf,
+        preface: Preface,
+        carrier: Carrier[Any],
     ) -> SealedData | SealedControl:
         if preface.kind is Kind.CONTROL:
-            return SealedControl(sock, sending, receiving)
-        return SealedData(sock, sending, receiving, out_bytes)
+            return SealedControl(sock, sending, receiving, carrier, CONTROL_RECORD_BYTES)
+        out_bytes = self._record_bytes if self._initiator else RETURN_PATH_BYTES
+        return SealedData(sock, sending, receiving, carrier, out_bytes)
 
 
 def _ephemeral() -> bytes:

@@ -5,6 +5,9 @@
 
     ReceiveHalf    WAITING --OPEN--> FLOWING --END--> ENDED --CLOSE--> CLOSED
 
+RESUME stands in for OPEN on later connections; ACK may follow END. What the offsets in them mean for the channel, which
+outlives its connections, is ``ledger``'s business.
+
 Both tables are data below (``_SENDING``, ``_RECEIVING``); what they do not name is refused and changes nothing. The
 halves share no state, so that one thread may drive each; ``SendHalf.peer_opened`` is how the one tells the other.
 
@@ -24,7 +27,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
@@ -45,49 +47,12 @@ from sealift.channel.protocol import (
     RekeyLimits,
 )
 from sealift.channel.records import RecordHeader, RecordOpener, RecordSealer
+from sealift.channel.said import Acknowledged, Data, Event, Heartbeat, PeerClosed, PeerEnded, PeerOpened
 from sealift.secret import Secret
 
 _OFFSETS: Final = struct.Struct(">QQ")
+_OFFSET: Final = struct.Struct(">Q")
 _HEARTBEAT: Final = struct.Struct(">QQQ")
-
-
-@dataclass(frozen=True, slots=True)
-class PeerOpened:
-    """The peer holds the keys: its first record verified. Both offsets are 0 in this version."""
-
-    next_expected: int
-    first_retained: int
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Verified bytes of the stream. ``view`` is good until the next call on the half that gave it."""
-
-    view: memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class PeerEnded:
-    """The peer's stream ended where the peer ended it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """The peer's clock when it sent, the last clock of ours it had heard (0: none), how long it held it; all in us."""
-
-    clock_us: int
-    heard_us: int
-    held_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class PeerClosed:
-    """The peer gave the channel up."""
-
-    reason: CloseReason
-
-
-Event = PeerOpened | Data | PeerEnded | Heartbeat | PeerClosed
 
 
 class Sending(Enum):
@@ -111,28 +76,30 @@ class Receiving(Enum):
 
 
 _SENDING: Final[dict[Sending, dict[RecordType, Sending]]] = {
-    Sending.NEW: {RecordType.OPEN: Sending.OPENED},
-    Sending.HEARD: {RecordType.OPEN: Sending.FLOWING},
+    Sending.NEW: {RecordType.OPEN: Sending.OPENED, RecordType.RESUME: Sending.OPENED},
+    Sending.HEARD: {RecordType.OPEN: Sending.FLOWING, RecordType.RESUME: Sending.FLOWING},
     Sending.OPENED: {RecordType.CLOSE: Sending.CLOSED},
     Sending.FLOWING: {
         RecordType.DATA: Sending.FLOWING,
+        RecordType.ACK: Sending.FLOWING,
         RecordType.HEARTBEAT: Sending.FLOWING,
         RecordType.END: Sending.ENDED,
         RecordType.CLOSE: Sending.CLOSED,
     },
-    Sending.ENDED: {RecordType.CLOSE: Sending.CLOSED},
+    Sending.ENDED: {RecordType.ACK: Sending.ENDED, RecordType.CLOSE: Sending.CLOSED},
     Sending.CLOSED: {},
 }
 
 _RECEIVING: Final[dict[Receiving, dict[RecordType, Receiving]]] = {
-    Receiving.WAITING: {RecordType.OPEN: Receiving.FLOWING},
+    Receiving.WAITING: {RecordType.OPEN: Receiving.FLOWING, RecordType.RESUME: Receiving.FLOWING},
     Receiving.FLOWING: {
         RecordType.DATA: Receiving.FLOWING,
+        RecordType.ACK: Receiving.FLOWING,
         RecordType.HEARTBEAT: Receiving.FLOWING,
         RecordType.END: Receiving.ENDED,
         RecordType.CLOSE: Receiving.CLOSED,
     },
-    Receiving.ENDED: {RecordType.CLOSE: Receiving.CLOSED},
+    Receiving.ENDED: {RecordType.ACK: Receiving.ENDED, RecordType.CLOSE: Receiving.CLOSED},
     Receiving.CLOSED: {},
 }
 
@@ -184,11 +151,17 @@ class SendHalf(_Half):
         elif self._state is Sending.OPENED:
             self._state = Sending.FLOWING
 
-    def open(self, next_expected: int = 0, first_retained: int = 0) -> bytes:
-        """The OPEN record, the first each way. The offsets are for resume; this version has only 0 and 0."""
-        if next_expected or first_retained:
-            raise errors.RecordUnexpected("this version of the channel opens only at offset 0")
-        return self._small(RecordType.OPEN, _OFFSETS.pack(next_expected, first_retained))
+    def open(self) -> bytes:
+        """The OPEN record, the first each way while nothing has come: both offsets are 0."""
+        return self._small(RecordType.OPEN, _OFFSETS.pack(0, 0))
+
+    def resume(self, next_expected: int, first_retained: int) -> bytes:
+        """The RESUME record, in place of OPEN: the offset we want to hear next, and the first we still hold."""
+        return self._small(RecordType.RESUME, _OFFSETS.pack(next_expected, first_retained))
+
+    def ack(self, next_expected: int) -> bytes:
+        """An ACK record: everything before this offset was written in full to our local socket."""
+        return self._small(RecordType.ACK, _OFFSET.pack(next_expected))
 
     def data_into(self, payload: bytes | bytearray | memoryview, out: memoryview) -> int:
         """Seal bytes of the stream straight from ``payload`` into ``out``; the number of bytes to send."""
@@ -199,7 +172,7 @@ class SendHalf(_Half):
         return written
 
     def end(self) -> bytes:
-        """The END record: the stream is complete in this direction, and only CLOSE may follow."""
+        """The END record: the stream is complete in this direction, and only ACK and CLOSE may follow."""
         return self._small(RecordType.END, b"")
 
     def heartbeat(self, clock_us: int, heard_us: int, held_us: int) -> bytes:
@@ -318,7 +291,7 @@ class ReceiveHalf(_Half):
         self._state = following
         self._start = end
         self._pending = None
-        if header.type is RecordType.OPEN:
+        if header.type in (RecordType.OPEN, RecordType.RESUME):
             self._make_room(self._buffer_bytes)
         return event
 
@@ -331,8 +304,13 @@ class ReceiveHalf(_Half):
             case RecordType.OPEN:
                 opened = PeerOpened(*_OFFSETS.unpack(payload))
                 if opened.next_expected or opened.first_retained:
-                    raise errors.RecordUnexpected("the peer wants to resume, which this version does not do")
+                    raise errors.RecordUnexpected("the peer opened a channel at another offset than 0")
                 return opened
+            case RecordType.RESUME:
+                next_expected, first_retained = _OFFSETS.unpack(payload)
+                return PeerOpened(next_expected, first_retained, True)
+            case RecordType.ACK:
+                return Acknowledged(*_OFFSET.unpack(payload))
             case RecordType.END:
                 return PeerEnded()
             case RecordType.HEARTBEAT:

@@ -12,13 +12,14 @@ import contextlib
 import hmac
 import ipaddress
 import socket
-from typing import Final
+from typing import Any, Final
 
+from sealift.channel.carrier import Carrier
 from sealift.channel.control_frames import FrameReader, Message, encode_frame
 from sealift.channel.liveness import Beat
 from sealift.channel.protocol import CloseReason, Kind, Preface, kind_of
 from sealift.channel.relay_control import EventList
-from sealift.channel.relay_ends import SourceEnd, TargetEnd
+from sealift.channel.relay_ends import Accept, SourceEnd, TargetEnd
 from sealift.channel.relay_move import Move
 from sealift.channel.relay_spec import RelaySpec, read_plain
 from sealift.channel.wire import RETURN_PATH_BYTES, Counters, Wire, set_remaining, shut
@@ -29,16 +30,43 @@ _CONTROL_BUFFER_BYTES: Final = 8 << 10
 
 
 class _Plain:
-    """What data and control connections have in common."""
+    """What data and control connections have in common.
 
-    def __init__(self, sock: socket.socket, in_bytes: int) -> None:
+    The ledger of a plain channel forgets at once what was sent: nothing is acknowledged, and nothing can be resumed.
+    """
+
+    def __init__(self, sock: socket.socket, in_bytes: int, carrier: Carrier[Any]) -> None:
         self.sock = sock
         self._in = memoryview(bytearray(in_bytes))
         self._counted = Counters()
+        self._carrier = carrier
 
-    def end(self) -> None:
-        """Half-close."""
-        shut(self.sock, socket.SHUT_WR)
+    def push(self) -> None:
+        """Send bytes as they are; the end is a half-close."""
+        carrier, out = self._carrier, self._carrier.ledger.out
+        while True:
+            with carrier.lock:
+                carrier.check(self)
+                view = out.unsent()
+                ends = out.owes_end
+            if len(view):
+                self.sock.sendall(view)
+                self._counted.bytes_out += len(view)
+            elif ends:
+                shut(self.sock, socket.SHUT_WR)
+            else:
+                return
+            with carrier.lock:
+                out.advance(len(view) or 1)
+                out.acknowledge(out.cursor)
+
+    def acknowledge(self) -> None:
+        """Nobody is told."""
+        with self._carrier.lock:
+            self._carrier.ledger.into.ack()
+
+    def give_up(self, reason: CloseReason) -> None:
+        """The control channel says it; a data connection just ends."""
 
     def counters(self) -> Counters:
         """What data went over this connection so far; there are no records."""
@@ -48,46 +76,35 @@ class _Plain:
         """Drop the buffer."""
         self._in = memoryview(bytearray())
 
+    def _accept(self, count: int) -> None:
+        with self._carrier.lock:
+            self._carrier.check(self)
+            if count:
+                self._carrier.ledger.into.accept(count)
+            else:
+                self._carrier.ledger.into.end()
+
 
 class PlainData(_Plain):
     """A data channel's connection."""
 
-    def __init__(self, sock: socket.socket, in_bytes: int, out_bytes: int) -> None:
-        super().__init__(sock, in_bytes)
-        self._out = memoryview(bytearray(out_bytes))
-
-    def space(self) -> memoryview:
-        """Where bytes to be sent go."""
-        return self._out
-
-    def send(self, count: int) -> None:
-        """Send them as they are."""
-        self.sock.sendall(self._out[:count])
-        self._counted.bytes_out += count
-
     def receive(self) -> memoryview | None:
         """Whatever one receive brings, or None at the end."""
         count = self.sock.recv_into(self._in)
+        self._accept(count)
         self._counted.bytes_in += count
         return self._in[:count] if count else None
-
-    def give_up(self, reason: CloseReason) -> None:
-        """The control channel says it; here the connection just ends."""
 
 
 class PlainControl(_Plain):
     """The control channel's connection."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock, _CONTROL_BUFFER_BYTES)
+    def __init__(self, sock: socket.socket, carrier: Carrier[Any]) -> None:
+        super().__init__(sock, _CONTROL_BUFFER_BYTES, carrier)
         self._frames = FrameReader()
 
-    def send_message(self, message: Message) -> None:
-        """One frame."""
-        self.sock.sendall(encode_frame(message))
-
     def send_beat(self, beat: Beat) -> None:
-        """One heartbeat frame."""
+        """One heartbeat frame, between others."""
         self.sock.sendall(
             encode_frame({"type": "HEARTBEAT", "clock": beat.clock, "heard": beat.heard, "held": beat.held})
         )
@@ -97,14 +114,24 @@ class PlainControl(_Plain):
         with contextlib.suppress(OSError):
             self.sock.sendall(encode_frame({"type": "CLOSE", "reason": int(reason)}))
 
-    def receive(self) -> list[Message | Beat | None]:
-        """What one receive brought."""
+    def receive(self) -> list[memoryview | Beat | None]:
+        """What one receive brought: the frames of messages, without those of ours between them."""
         count = self.sock.recv_into(self._in)
         if count == 0:
             if self._frames.midway:
                 raise StreamTruncated("the control stream ended in the middle of a message")
+            self._accept(0)
             return [None]
-        return [self._item(message) for message in self._frames.feed(self._in[:count])]
+        items: list[memoryview | Beat | None] = []
+        for message in self._frames.feed(self._in[:count]):
+            item = self._item(message)
+            if isinstance(item, Beat):
+                items.append(item)
+            else:
+                frame = memoryview(encode_frame(item))
+                self._accept(len(frame))
+                items.append(frame)
+        return items
 
     @staticmethod
     def _item(message: Message) -> Message | Beat:
@@ -156,21 +183,24 @@ def open_splice(handover: socket.socket, events: EventList) -> tuple[Move, Sourc
     spec, token = read_plain(handover)
     move = Move(spec, events, cipher=None, wipe=token.wipe)
 
-    def join(sock: socket.socket, channel: int, epoch: int, deadline: float) -> Wire:
+    def join(sock: socket.socket, channel: int, epoch: int, carrier: Carrier[Any], deadline: float) -> Wire:
         preface = Preface(True, spec.spec.version, kind_of(channel), channel, token.reveal(), epoch)
         set_remaining(sock, deadline)
         sock.sendall(preface.encode())
         if preface.kind is not Kind.CONTROL:
-            return PlainData(sock, RETURN_PATH_BYTES, spec.record_bytes)
+            return PlainData(sock, RETURN_PATH_BYTES, carrier)
         # A doorman that does not know the token just closes. The first heartbeat shows that somebody is there.
         if not sock.recv(1, socket.MSG_PEEK):
             raise ConnectionError("the peer closed the connection")
-        return PlainControl(sock)
+        return PlainControl(sock, carrier)
 
-    def admit(sock: socket.socket, preface: Preface, deadline: float) -> tuple[Wire, bytes]:
-        if preface.kind is Kind.CONTROL:
-            return PlainControl(sock), b""
-        return PlainData(sock, spec.record_bytes, RETURN_PATH_BYTES), b""
+    def admit(sock: socket.socket, preface: Preface, deadline: float) -> Accept:
+        def accept(carrier: Carrier[Any]) -> tuple[Wire, bytes]:
+            if preface.kind is Kind.CONTROL:
+                return PlainControl(sock, carrier), b""
+            return PlainData(sock, spec.record_bytes, carrier), b""
+
+        return accept
 
     if spec.role == "source":
         return move, SourceEnd(move, join)

@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from sealift.channel.control_frames import Message
 from sealift.channel.liveness import Beat
 from sealift.channel.protocol import CloseReason
 
@@ -20,6 +19,13 @@ SOCKET_BUFFER_BYTES: Final = 4 << 20
 
 RETURN_PATH_BYTES: Final = 16 << 10
 """Payload of a record against the direction of the move: QEMU's return path is a few bytes now and then."""
+
+
+CONTROL_RECORD_BYTES: Final = 16 << 10
+"""Payload of a record of the control channel; room for any control frame."""
+
+CONTROL_WINDOW: Final = 256 << 10
+"""Bytes of control messages that may wait for their acknowledgement."""
 
 
 @dataclass
@@ -44,13 +50,20 @@ class Counters:
 class Wire(Protocol):
     """A connection that counts: preface, handshake and first record are behind it.
 
-    One thread sends, another receives. Every method that sends or receives raises OSError when TCP does.
+    One thread sends, another receives; what there is to send is in the channel's ledger. Every method that sends or
+    receives raises OSError when TCP does.
     """
 
     @property
     def sock(self) -> socket.socket: ...
-    def end(self) -> None:
-        """Tell the peer that the stream is complete in our direction."""
+    def push(self) -> None:
+        """Send what the ledger has to send: bytes, the end of the stream, an acknowledgement that is due.
+
+        Blocks while the peer does not take it. Raises Replaced when another connection carries the channel by now.
+        """
+
+    def acknowledge(self) -> None:
+        """Acknowledge what was delivered, due or not."""
 
     def give_up(self, reason: CloseReason) -> None:
         """Tell the peer why we stop, if it can still be told."""
@@ -61,25 +74,23 @@ class Wire(Protocol):
 
 
 class DataWire(Wire, Protocol):
-    """Carries QEMU's bytes."""
-
-    def space(self) -> memoryview:
-        """Where to put the bytes of the next ``send``; always the same buffer."""
-
-    def send(self, count: int) -> None:
-        """Send the first ``count`` bytes of ``space()``; blocks while the peer does not take them."""
+    """Carries QEMU's bytes, out of and into the ledger of its channel."""
 
     def receive(self) -> memoryview | None:
-        """The next bytes of the stream, good until the next call; None at its end. Raises ChannelError."""
+        """The next bytes of the stream, good until the next call and the caller's to deliver; None at its end.
+
+        Empty when only an acknowledgement came.
+
+        Raises ChannelError, and Replaced when another connection carries the channel by now.
+        """
 
 
 class ControlWire(Wire, Protocol):
-    """Carries messages and heartbeats."""
+    """Carries messages, as bytes of the stream, and heartbeats."""
 
-    def send_message(self, message: Message) -> None: ...
     def send_beat(self, beat: Beat) -> None: ...
-    def receive(self) -> list[Message | Beat | None]:
-        """What one receive brought, perhaps nothing; None stands for the end. Raises ChannelError."""
+    def receive(self) -> list[memoryview | Beat | None]:
+        """What one receive brought, perhaps nothing; None stands for the end. Raises ChannelError, Replaced."""
 
 
 def prepare_tcp(sock: socket.socket, *, data: bool) -> None:

@@ -1,0 +1,129 @@
+"""A link between two hosts that breaks by script: resets, goes down, swallows, flips bits. It knows no protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+
+_CHUNK = 64 << 10
+_RESET = struct.pack("ii", 1, 0)
+
+
+class Cutter:
+    """Forwards TCP to a port of this machine; use it in a ``with`` block.
+
+    ``reset_every``: bytes (both ways, all connections together) after which every connection is reset, ``resets``
+    times. ``flip_every``: bytes towards the target after which one bit is flipped, again and again.
+    """
+
+    def __init__(self, port: int, *, reset_every: int = 0, resets: int = 0, flip_every: int = 0) -> None:
+        self._target = ("127.0.0.1", port)
+        self._reset_every, self.resets_left = reset_every, resets
+        self._flip_every = flip_every
+        self._lock = threading.Lock()
+        self._passed = self._since_flip = 0
+        self._links: list[tuple[socket.socket, socket.socket, threading.Event]] = []
+        self._down = self._swallowing = self._closed = False
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+
+    def __enter__(self) -> Cutter:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset every connection, towards both hosts."""
+        with self._lock:
+            links, self._links = self._links, []
+        for source, target, dead in links:
+            dead.set()
+            _reset(source)
+            _reset(target)
+
+    def reset_source_only(self) -> None:
+        """Reset the source's ends; the target hears nothing."""
+        with self._lock:
+            links = list(self._links)
+        for source, _, dead in links:
+            dead.set()
+            _reset(source)
+
+    def down(self) -> None:
+        """Reset everything and let nothing new through until ``up``."""
+        self._down = True
+        self.reset()
+
+    def swallow(self) -> None:
+        """Take every byte and pass on none, without a reset, also of new connections, until ``up``."""
+        self._swallowing = True
+
+    def up(self) -> None:
+        """Let new connections through; those that lost bytes stay dead."""
+        self._down = self._swallowing = False
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                source, _ = self._listener.accept()
+                if self._down or self._closed:
+                    _reset(source)
+                    continue
+                target = socket.create_connection(self._target)
+                dead = threading.Event()
+                with self._lock:
+                    self._links.append((source, target, dead))
+                for reader, writer in ((source, target), (target, source)):
+                    forth = writer is target
+                    threading.Thread(target=self._pump, args=(reader, writer, forth, dead), daemon=True).start()
+
+    def _pump(self, reader: socket.socket, writer: socket.socket, forth: bool, dead: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := reader.recv(_CHUNK):
+                if self._swallowing or dead.is_set():
+                    dead.set()
+                    continue
+                if self._cut(len(data)):
+                    self.reset()
+                    return
+                writer.sendall(self._flipped(data) if forth else data)
+            if not dead.is_set():
+                writer.shutdown(socket.SHUT_WR)
+
+    def _cut(self, count: int) -> bool:
+        with self._lock:
+            self._passed += count
+            if not self.resets_left or self._passed < self._reset_every:
+                return False
+            self._passed = 0
+            self.resets_left -= 1
+            return True
+
+    def _flipped(self, data: bytes) -> bytes:
+        if not self._flip_every:
+            return data
+        with self._lock:
+            self._since_flip += len(data)
+            if self._since_flip < self._flip_every:
+                return data
+            self._since_flip = 0
+        changed = bytearray(data)
+        changed[len(changed) // 2] ^= 0x10
+        return bytes(changed)
+
+
+def _reset(sock: socket.socket) -> None:
+    """Close with a RST, whoever is reading it; what was not sent yet is lost."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        sock.shutdown(socket.SHUT_RD)
+    with contextlib.suppress(OSError):
+        sock.close()
