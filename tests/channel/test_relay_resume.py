@@ -136,6 +136,17 @@ def test_a_target_relay_stopped_for_three_seconds_breaks_nothing(site: Site) -> 
         assert pair.source.status()["reconnects"] == 0
 
 
+def test_a_side_that_ended_while_the_link_was_down_says_so_when_it_is_back(site: Site) -> None:
+    with Cutter(site.port) as link, site.pair(port=link.port) as pair:
+        near, _ = pair.connect()
+        link.down()
+        pair.source.event("interrupted")
+        pair.target.ask("abort", reason="nobody needs it any more")
+        link.up()
+        assert pair.source.event("broken")["slug"] == "peer_closed"
+        assert read_all(near) == b""
+
+
 def test_after_the_give_up_time_the_local_sockets_are_closed_first(site: Site) -> None:
     with Cutter(site.port) as cutter, site.pair(port=cutter.port, give_up_s=1.0) as pair:
         near, far = pair.connect()

@@ -107,7 +107,7 @@ class Carrier(Generic[AnyWire]):
 
     def attach(self, wire: AnyWire, epoch: int) -> None:
         """Let a confirmed connection carry the channel from here on."""
-        self.retire(_replaced(self.channel))
+        self.retire(replaced(self.channel))
         with self._changed:
             self._wire = wire
             self._connections += 1
@@ -196,5 +196,6 @@ class Carrier(Generic[AnyWire]):
             return total
 
 
-def _replaced(channel: int) -> ChannelError:
+def replaced(channel: int) -> ChannelError:
+    """What a connection is told that a newer one has taken the place of."""
     return StreamTruncated(f"the other host's relay connected channel {channel} anew")

@@ -17,7 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
-from sealift.channel.carrier import FATAL, Carrier
+from sealift.channel.carrier import FATAL, Carrier, replaced
 from sealift.channel.local_sockets import ExpectedPeer, SourceListener, dial_target
 from sealift.channel.outages import delay_before
 from sealift.channel.protocol import PREFACE_BYTES, Preface
@@ -36,6 +36,7 @@ from sealift.errors import (
 MAX_UNCONFIRMED: Final = 8
 _RETRY_S: Final = 0.1
 _FIRST_RECORD_S: Final = 1.0
+_WASTE_BYTES: Final = 64 << 10
 
 Join = Callable[[socket.socket, int, int, Carrier[Any], float], Wire]
 """(connection, channel, epoch, carrier, deadline) -> wire; raises OSError when the target just closes, ChannelError."""
@@ -59,7 +60,7 @@ class SourceEnd:
         self._attempts: Counter[int] = Counter()
         self._peer = ExpectedPeer(move.spec.qemu_pid)
         self._listener = SourceListener(move.spec.directory, self._peer, move.spec.spec.channels)
-        move.listening(self._listener.close)
+        move.listening(to_locals=self._listener.close)
         move.reconnect_with(self._connect_again)
 
     def start(self) -> None:
@@ -175,7 +176,7 @@ class TargetEnd:
         self._dial_lock = threading.Lock()
         self._next_channel = 1
         self._waiting: set[int] = set()
-        move.listening(self._close)
+        move.listening(to_peer=self._close)
 
     def start(self) -> None:
         """Begin to take connections from the doorman."""
@@ -219,6 +220,9 @@ class TargetEnd:
             sock.setblocking(True)
             prepare_tcp(sock, data=preface.channel > 0)
             accept = self._admit(sock, preface, time.monotonic() + self._move.spec.patience_s)
+            if self._move.over.is_set():
+                self._dismiss(preface, sock, accept)
+                return
             self._move.hold_wire(sock)
             self._confirm(preface, accept)
         except (ChannelError, OSError) as error:
@@ -232,6 +236,24 @@ class TargetEnd:
             with self._lock:
                 self._unconfirmed.pop(id(sock), None)
 
+    def _dismiss(self, preface: Preface, sock: socket.socket, accept: Accept) -> None:
+        """The move is over, and this connection, made since, shows that the peer was not told: it is told now."""
+        carrier = self._move.carrier(preface.channel)
+        with self._confirm_lock:
+            self._check_epoch(preface)
+            carrier.retire(replaced(preface.channel))
+            wire, first = accept(carrier)
+        try:
+            sock.settimeout(_FIRST_RECORD_S)
+            sock.sendall(first)
+            wire.give_up(self._move.close_reason)
+            shut(sock, socket.SHUT_WR)
+            while sock.recv(_WASTE_BYTES):
+                pass  # closing with bytes unread would reset the connection under our last record
+        finally:
+            wire.release()
+            sock.close()
+
     def _check_epoch(self, preface: Preface) -> None:
         if preface.epoch <= self._epochs.get(preface.channel, 0):
             raise EpochStale(f"channel {preface.channel} was confirmed before with this or a later epoch")
@@ -243,7 +265,7 @@ class TargetEnd:
         with self._confirm_lock:
             self._check_epoch(preface)
             self._epochs[channel] = preface.epoch
-            carrier.retire(StreamTruncated(f"the other host's relay connected channel {channel} anew"))
+            carrier.retire(replaced(channel))
             wire, first = accept(carrier)
             wire.sock.settimeout(_FIRST_RECORD_S)
             wire.sock.sendall(first)
@@ -258,6 +280,7 @@ class TargetEnd:
         if channel == 0:
             self._move.start_control()
             return
+        self._move.connected.wait()  # what goes wrong from here on is said on the control channel
         with self._dial_lock:
             self._waiting.add(channel)
             while self._next_channel in self._waiting:

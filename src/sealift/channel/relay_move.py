@@ -84,7 +84,9 @@ class Move:
         self._drained_channels: set[int] = set()
         self._locals: list[socket.socket] = []
         self._wires: list[socket.socket] = []
-        self._closers: list[Callable[[], None]] = []
+        self._peer_knows = threading.Event()
+        self._close_to_locals: Callable[[], None] | None = None
+        self._close_to_peer: Callable[[], None] | None = None
         self._buried = threading.Event()
 
     # Taking part
@@ -103,10 +105,13 @@ class Move:
 
         threading.Thread(target=guarded, name=name, daemon=True).start()
 
-    def listening(self, *closers: Callable[[], None]) -> None:
-        """Everything is bound; ``closers`` undo that when the move is over."""
+    def listening(
+        self, *, to_locals: Callable[[], None] | None = None, to_peer: Callable[[], None] | None = None
+    ) -> None:
+        """Everything is bound. What listens to the local process is closed as soon as the move is over; what listens to
+        the other host only when that host had time to hear why."""
         with self._lock:
-            self._closers += closers
+            self._close_to_locals, self._close_to_peer = to_locals, to_peer
             self._listening = True
 
     def hold_local(self, sock: socket.socket) -> None:
@@ -239,6 +244,8 @@ class Move:
 
     def fail(self, error: SealiftError) -> None:
         """End the move badly; only the first error counts. Returns when the local sockets are closed."""
+        if isinstance(error, PeerClosed):
+            self._peer_knows.set()
         if self._begin_end(error):
             threading.Thread(target=self._bury, name="undertaker", daemon=True).start()
 
@@ -327,16 +334,25 @@ class Move:
         error = self._error
         assert error is not None
         with self._lock:
-            closers, self._closers = self._closers, []
+            to_locals, to_peer = self._close_to_locals, self._close_to_peer
             link, tunnels, wires = self._link, list(self._tunnels.values()), list(self._wires)
-        for close in closers:
-            close()
+            drained = self._drained
+        if to_locals is not None:
+            to_locals()
         self.outbox.finish(self.close_reason)
-        _wait_all([t.outward_done for t in tunnels] + ([link.outward_done] if link else []), _LAST_RECORDS_S)
+        _wait_all(
+            [t.outward_done for t in tunnels] + ([link.outward_done] if link else []),
+            time.monotonic() + _LAST_RECORDS_S,
+        )
         for sock in wires:
             shut(sock, socket.SHUT_WR)
         self.events.add("broken", slug=error.slug, what=error.what)
-        _wait_all([t.inward_done for t in tunnels] + ([link.inward_done] if link else []), LAST_WORDS_S)
+        last_words = time.monotonic() + LAST_WORDS_S
+        _wait_all([t.inward_done for t in tunnels] + ([link.inward_done] if link else []), last_words)
+        if to_peer is not None:
+            if link is not None and not drained:
+                _wait_all([self._peer_knows], last_words)
+            to_peer()
         for sock in wires:
             shut(sock)
         with self._lock:
@@ -355,7 +371,6 @@ class Move:
             self._link.inward_done.wait(max(0.0, deadline - time.monotonic()))
 
 
-def _wait_all(events: Iterable[threading.Event], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def _wait_all(events: Iterable[threading.Event], deadline: float) -> None:
     for event in events:
         event.wait(max(0.0, deadline - time.monotonic()))
