@@ -296,6 +296,18 @@ def test_connections_that_bring_nothing_and_break_at_once_are_one_outage() -> No
     assert broken.deadline() == 185.0
 
 
+def test_an_outage_is_reported_as_long_as_it_lasts() -> None:
+    broken = outages()
+    assert broken.report(100.0) is None
+    broken.begin(1, 0, CAUSE, 110.0)
+    told = {"down_s": 12.0, "left_s": 48.0, "slug": "stream_truncated", "what": "cut"}
+    assert broken.report(122.0) == told
+    broken.enter("committed", 123.0)
+    assert broken.report(124.0) == told | {"down_s": 14.0, "left_s": None}
+    broken.end(1, 125.0)
+    assert broken.report(126.0) is None
+
+
 def test_attempts_become_rarer() -> None:
     delays = [delay_before(n) for n in range(9)]
     assert delays == [0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]

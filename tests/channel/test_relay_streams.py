@@ -67,7 +67,9 @@ def test_bytes_flow_both_ways_identical(site: Site, channels: int) -> None:
         assert status["channels"] == channels
         assert status["rekeys"] > channels
         assert status["refused"] == {}
-        assert pair.target.status()["sealed_in"] == status["sealed_out"]
+        assert pair.target.status()["sealed_in"] == status["sealed_out"] == status["acked_out"]
+        assert {"connected", "local", "first_byte"} <= status["marks"].keys()
+        assert status["marks"]["first_byte"] >= status["marks"]["connected"]
 
 
 def test_half_close_passes_through_and_the_other_way_stays_open(site: Site) -> None:

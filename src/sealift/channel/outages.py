@@ -7,7 +7,7 @@ still in the same outage: somebody who lets each connection stand for a moment g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from sealift.channel.relay_spec import Phase
 from sealift.errors import ChannelError
@@ -79,8 +79,19 @@ class Outages:
 
     def cause(self) -> ChannelError | None:
         """Why the channel that has been broken longest is."""
-        broken = [o for o in self._outages.values() if o.ended is None]
-        return min(broken, key=lambda o: o.since).cause if broken else None
+        longest = self._longest()
+        return longest.cause if longest else None
+
+    def report(self, now: float) -> dict[str, Any] | None:
+        """For people: seconds that a channel has been broken, and is given still (None: for ever), and why it is."""
+        longest, deadline = self._longest(), self.deadline()
+        if longest is None:
+            return None
+        left = None if deadline is None else max(0.0, deadline - now)
+        return {"down_s": now - longest.since, "left_s": left, "slug": longest.cause.slug, "what": longest.cause.what}
+
+    def _longest(self) -> _Outage | None:
+        return min((o for o in self._outages.values() if o.ended is None), key=lambda o: o.since, default=None)
 
 
 def delay_before(attempt: int) -> float:

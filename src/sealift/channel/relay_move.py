@@ -88,8 +88,13 @@ class Move:
         self._close_to_locals: Callable[[], None] | None = None
         self._close_to_peer: Callable[[], None] | None = None
         self._buried = threading.Event()
+        self._marks: dict[str, float] = {}
 
     # Taking part
+
+    def mark(self, step: str) -> None:
+        """Note when a step of setting up was first reached, on this host's clock."""
+        self._marks.setdefault(step, time.time())
 
     def spawn(self, name: str, run: Callable[[], None]) -> None:
         """Run something in a thread of its own; a defect in it fails the move instead of passing unseen."""
@@ -116,6 +121,7 @@ class Move:
 
     def hold_local(self, sock: socket.socket) -> None:
         """Close this local socket when the move fails, and at once if it has; raises LocalClosed then."""
+        self.mark("local")
         self._hold(self._locals, sock)
 
     def hold_wire(self, sock: socket.socket) -> None:
@@ -145,6 +151,7 @@ class Move:
         link = ControlLink(self.carrier(0), self.outbox, self, self.events, self.spec.silence_s)
         with self._lock:
             self._link = link
+        self.mark("connected")
         self.events.add("connected")
         link.start()
         self.connected.set()
@@ -267,10 +274,16 @@ class Move:
         self.outbox.put(message)
 
     def status(self) -> dict[str, Any]:
-        """The answer to the control socket's ``status``."""
+        """The answer to the control socket's ``status``.
+
+        ``acked_out`` counts the plaintext bytes of the data channels that the peer's local sockets have taken (of a
+        plain move: that TCP has). ``outage`` is None unless a channel has no connection now (``Outages.report``).
+        ``marks`` holds seconds since the epoch: ``connected``, ``local`` (the first local socket), ``first_byte``.
+        """
         with self._lock:
             link, tunnels, error = self._link, list(self._tunnels.values()), self._error
             carriers, phase = list(self._carriers.values()), self._outages.phase
+            outage = self._outages.report(time.monotonic())
         total = Counters()
         for carrier in carriers:
             total.add(carrier.counters())
@@ -289,7 +302,10 @@ class Move:
             "refused": self.events.refused,
             "interrupted": self.events.interrupted,
             "reconnects": self.events.resumed,
+            "acked_out": sum(min(c.ledger.out.acked, c.ledger.out.filled) for c in carriers if c.channel),
             "phase": phase,
+            "outage": outage,
+            "marks": dict(self._marks),
             "cipher": self._cipher,
             "channels": len(tunnels),
             "broken": {"slug": error.slug, "what": error.what} if error else None,

@@ -38,6 +38,7 @@ class TunnelOwner(CarrierOwner, Protocol):
     def close_reason(self) -> CloseReason: ...
     def fail(self, error: ChannelError) -> None: ...
     def channel_drained(self, channel: int) -> None: ...
+    def mark(self, step: str) -> None: ...
     def spawn(self, name: str, run: Callable[[], None]) -> None: ...
 
 
@@ -99,8 +100,12 @@ class Tunnel:
         with_local = self.carrier.waker.poller(self._local.fileno())
         acknowledge_at: float | None = None
         receive = self._local.recv_into
+        begun = out.filled > 0
         while not over.is_set():
             wire.push()
+            if not begun and out.sent > 0:
+                begun = True
+                self._owner.mark("first_byte")
             if out.ended:
                 self._progressed()
                 if self._all_said():
