@@ -94,7 +94,8 @@ class _Sealed:
             received.plaintext_bytes,
             sent.records,
             received.records,
-            sent.rekeys + received.rekeys,
+            sent.rekeys,
+            received.rekeys,
         )
 
     def release(self) -> None:

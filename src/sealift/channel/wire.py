@@ -36,7 +36,8 @@ class Counters:
     bytes_in: int = 0
     records_out: int = 0
     records_in: int = 0
-    rekeys: int = 0
+    rekeys_out: int = 0
+    rekeys_in: int = 0
 
     def add(self, other: Counters) -> None:
         """Sum up."""
@@ -44,7 +45,8 @@ class Counters:
         self.bytes_in += other.bytes_in
         self.records_out += other.records_out
         self.records_in += other.records_in
-        self.rekeys += other.rekeys
+        self.rekeys_out += other.rekeys_out
+        self.rekeys_in += other.rekeys_in
 
 
 class Wire(Protocol):

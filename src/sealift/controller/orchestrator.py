@@ -16,7 +16,16 @@ from sealift.controller.planning import make_plan
 from sealift.controller.run import Draw, Run, Tools, options_of, plan_fields
 from sealift.controller.watch import Pace
 from sealift.domain.lifecycle import CANCELLABLE, FINAL, State
-from sealift.domain.move import KEY_BYTES, NONCE_BYTES, TOKEN_BYTES, MoveSecret, MoveStatus, PlainToken, SealedSecret
+from sealift.domain.move import (
+    KEY_BYTES,
+    NONCE_BYTES,
+    TOKEN_BYTES,
+    ChannelLimits,
+    MoveSecret,
+    MoveStatus,
+    PlainToken,
+    SealedSecret,
+)
 from sealift.domain.policy import Refused
 from sealift.errors import Conflict, InvalidInput
 from sealift.secret import Secret
@@ -38,10 +47,16 @@ class Orchestrator:
     """The migrations of one controller. ``stop`` it before the store is closed."""
 
     def __init__(
-        self, ledger: Ledger, inventory: Inventory, *, draw: Draw = draw_secret, pace: Pace | None = None
+        self,
+        ledger: Ledger,
+        inventory: Inventory,
+        *,
+        draw: Draw = draw_secret,
+        pace: Pace | None = None,
+        limits: ChannelLimits | None = None,
     ) -> None:
         self._ledger, self._inventory = ledger, inventory
-        self._tools = Tools(ledger, inventory, draw, pace or Pace())
+        self._tools = Tools(ledger, inventory, draw, pace or Pace(), limits or ChannelLimits())
         self._runs: dict[UUID, Run] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

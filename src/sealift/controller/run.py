@@ -40,12 +40,14 @@ Draw = Callable[[Literal["sealed", "plain"]], MoveSecret]
 
 @dataclass(frozen=True)
 class Tools:
-    """What every migration needs of the controller. ``draw`` makes the secret of one attempt."""
+    """What every migration needs of the controller. ``draw`` makes the secret of one attempt, ``limits`` are those of
+    its channel."""
 
     ledger: Ledger
     inventory: Inventory
     draw: Draw
     pace: Pace
+    limits: ChannelLimits
 
 
 class Run:
@@ -105,7 +107,7 @@ class Run:
             return
         attempt = uuid4()
         watch.row = await self._tools.ledger.begin_attempt(watch.row.id, attempt)
-        order = _order(watch.row, planned)
+        order = _order(watch.row, planned, self._tools.limits)
         secret = self._tools.draw(order.protection)
         spec = encode_spec(order, secret)
         secret.wipe()
@@ -161,7 +163,7 @@ def options_of(row: MigrationRow) -> MoveOptions:
     return MoveOptions(row.bandwidth, row.max_downtime_ms, row.channels if row.channels > 1 else 0)
 
 
-def _order(row: MigrationRow, planned: Planned) -> MoveOrder:
+def _order(row: MigrationRow, planned: Planned, limits: ChannelLimits) -> MoveOrder:
     plan = planned.plan
     assert row.attempt is not None
     assert row.fence is not None
@@ -182,6 +184,6 @@ def _order(row: MigrationRow, planned: Planned) -> MoveOrder:
         channel_version=plan.version if isinstance(plan, Sealed) else PLAIN_VERSION,
         reason=plan.reason,
         options=options_of(row),
-        limits=ChannelLimits(),
+        limits=limits,
         hardware=planned.hardware,
     )

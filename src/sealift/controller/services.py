@@ -19,6 +19,7 @@ from sealift.controller.recovery import recover
 from sealift.controller.run import Draw
 from sealift.controller.store import Store, open_store
 from sealift.controller.watch import Pace
+from sealift.domain.move import ChannelLimits
 from sealift.errors import NotFound
 
 SETTINGS_VERSION = 1
@@ -89,10 +90,13 @@ class Services:
         await self.store.close()
 
 
-async def open_services(state: Path, *, draw: Draw = draw_secret, pace: Pace | None = None) -> Services:
+async def open_services(
+    state: Path, *, draw: Draw = draw_secret, pace: Pace | None = None, limits: ChannelLimits | None = None
+) -> Services:
     """The controller whose state is in the directory ``state``; raises NotFound when it holds none.
 
-    ``draw`` makes each attempt's secret; a test hands in its own to know what must appear nowhere.
+    ``draw`` makes each attempt's secret; a test hands in its own to know what must appear nowhere. ``limits`` are those
+    of every sealed channel, by default the protocol's highest; a test lowers them to see keys change.
     """
     settings = load_settings(state)
     authority = load_authority(state, settings.controller)
@@ -108,5 +112,5 @@ async def open_services(state: Path, *, draw: Draw = draw_secret, pace: Pace | N
         access=Access(events, authority),
         inventory=inventory,
         ledger=ledger,
-        orchestrator=Orchestrator(ledger, inventory, draw=draw, pace=pace),
+        orchestrator=Orchestrator(ledger, inventory, draw=draw, pace=pace, limits=limits),
     )
