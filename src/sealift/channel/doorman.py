@@ -1,9 +1,13 @@
 """The doorman: one TCP port for every move of a host. Reads 28 bytes, hands the connection to the move's relay.
 
 It knows no key, reads not one byte beyond the preface, waits for nobody, and never answers: a connection it does not
-like is closed. What is not a preface within two seconds, names a route without a door, or finds its door's queue full,
-is closed. At most 256 prefaces may be unread; one more drops the oldest. So a flood meets this process, not the one
-that must commit a move.
+like is reset, which leaves nothing behind in the kernel either. What is not a preface within two seconds, names a route
+without a door, or finds its door's queue full, is such a one. So a flood meets this process, not the one that must
+commit a move.
+
+At most 256 prefaces may be unread; one more drops the oldest of the address that has most. An address whose connections
+led nowhere too often has only eight of them until it kept quiet for a while. A preface that is there with its
+connection, as a source's is, needs no place at all: a known route is never limited, whoever else floods from there.
 """
 
 from __future__ import annotations
@@ -12,21 +16,34 @@ import array
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import selectors
 import signal
 import socket
+import struct
+import sys
 import time
-from collections import OrderedDict
 from typing import Final
 
 from sealift.channel.protocol import PREFACE_BYTES, Preface
 from sealift.channel.relay_spec import split_address
+from sealift.channel.waiting_room import Credit, WaitingRoom, origin
 from sealift.errors import AlreadyExists, PrefaceInvalid
 
 PREFACE_S: Final = 2.0
 MAX_UNREAD: Final = 256
-_BACKLOG: Final = 512
+LIMITED_UNREAD: Final = 8
+"""How many of them may be of one address that came too often with what led nowhere."""
+STRAYS: Final = 64
+"""How often that is: so many at once,"""
+STRAYS_PER_S: Final = 4.0
+"""and so many again each second. A source that waits for its target's relay to come makes at most ten in one."""
+_ADDRESSES: Final = 1024
+_BACKLOG: Final = 4096
+_BATCH: Final = 64
+_COMPLAIN_EVERY_S: Final = 60.0
+_RESET: Final = struct.pack("ii", 1, 0)
 
 
 def door_path(doors: str, route: bytes) -> str:
@@ -51,11 +68,12 @@ def remove_dead_doors(doors: str) -> None:
 class _Visitor:
     """A connection whose preface is not complete."""
 
-    __slots__ = ("deadline", "preface", "sock")
+    __slots__ = ("came", "origin", "preface", "sock")
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, host: str, came: float) -> None:
         self.sock = sock
-        self.deadline = deadline
+        self.origin = origin(host)
+        self.came = came
         self.preface = b""
 
 
@@ -67,7 +85,9 @@ class Doorman:
         self._doors = doors
         self._lock_fd = _take_lock(lock)
         self._selector = selectors.DefaultSelector()
-        self._visitors: OrderedDict[socket.socket, _Visitor] = OrderedDict()
+        self._unread: WaitingRoom[_Visitor] = WaitingRoom(MAX_UNREAD)
+        self._credit = Credit(STRAYS, STRAYS_PER_S, _ADDRESSES)
+        self._complain_at = 0.0
         self._stopping = False
         host, port = split_address(listen)
         self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
@@ -100,8 +120,8 @@ class Doorman:
                 for key, _ in self._selector.select(self._until_next_deadline()):
                     if key.fileobj is self._listener:
                         self._accept()
-                    elif key.fileobj is not self._woken and isinstance(key.fileobj, socket.socket):
-                        self._read(key.fileobj)
+                    elif isinstance(key.data, _Visitor) and key.data in self._unread:
+                        self._go_on(key.data)  # else it was dropped while this round's events were handled
                 self._drop_late()
         finally:
             self._close()
@@ -110,39 +130,52 @@ class Doorman:
         self._stopping = True
 
     def _until_next_deadline(self) -> float | None:
-        for visitor in self._visitors.values():  # oldest first, and all wait equally long
-            return max(0.0, visitor.deadline - time.monotonic())
+        for visitor in self._unread:  # oldest first, and all wait equally long
+            return max(0.0, visitor.came + PREFACE_S - time.monotonic())
         return None
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE) and self._visitors:
-                self._drop(next(iter(self._visitors)))
-            return
-        sock.setblocking(False)
-        self._visitors[sock] = _Visitor(sock, time.monotonic() + PREFACE_S)
-        self._selector.register(sock, selectors.EVENT_READ)
-        if len(self._visitors) > MAX_UNREAD:
-            self._drop(next(iter(self._visitors)))
+        for _ in range(_BATCH):
+            try:
+                sock, address = self._listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and len(self._unread):
+                    self._let_go(self._unread.give_way())
+                return
+            sock.setblocking(False)
+            visitor = _Visitor(sock, address[0], time.monotonic())
+            if not self._is_done(visitor):
+                self._seat(visitor)
 
-    def _read(self, sock: socket.socket) -> None:
-        visitor = self._visitors.get(sock)
-        if visitor is None:
-            return  # dropped while this round's events were handled
+    def _seat(self, visitor: _Visitor) -> None:
+        self._selector.register(visitor.sock, selectors.EVENT_READ, visitor)
+        limited = self._credit.spent(visitor.origin, visitor.came)
+        for lost in self._unread.enter(visitor, visitor.origin, at_most=LIMITED_UNREAD if limited else MAX_UNREAD):
+            self._let_go(lost)
+
+    def _go_on(self, visitor: _Visitor) -> None:
+        self._selector.unregister(visitor.sock)
+        if self._is_done(visitor):
+            self._unread.leave(visitor)
+        else:
+            self._selector.register(visitor.sock, selectors.EVENT_READ, visitor)
+
+    def _is_done(self, visitor: _Visitor) -> bool:
+        """Read what there is; whether that settled it: the connection was passed on, or turned away."""
         try:
-            data = sock.recv(PREFACE_BYTES - len(visitor.preface))
+            data = visitor.sock.recv(PREFACE_BYTES - len(visitor.preface))
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         visitor.preface += data
         if not data:
-            self._drop(sock)
+            self._turn_away(visitor)
         elif len(visitor.preface) == PREFACE_BYTES:
             self._pass_on(visitor)
-            self._drop(sock)
+        else:
+            return False
+        return True
 
     def _pass_on(self, visitor: _Visitor) -> None:
         try:
@@ -150,31 +183,50 @@ class Doorman:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [visitor.sock.fileno()]))
             # Not socket.send_fds, which drops the address up to Python 3.12.
             self._postman.sendmsg([visitor.preface], [rights], 0, door_path(self._doors, route))
+        except BlockingIOError:
+            _reset(visitor.sock)  # somebody is there, but has its hands full: no fault of the visitor's
         except (PrefaceInvalid, OSError):
-            return  # garbage, nobody there, or the door's queue is full: closing is all the answer there is
+            self._turn_away(visitor)  # garbage, or nobody there
+        else:
+            visitor.sock.close()
+
+    def _turn_away(self, visitor: _Visitor) -> None:
+        """Closing is all the answer there is; it costs the visitor's address some of its credit."""
+        _reset(visitor.sock)
+        now = time.monotonic()
+        if self._credit.spend(visitor.origin, now) and now >= self._complain_at:
+            self._complain_at = now + _COMPLAIN_EVERY_S
+            text = f"too many connections from {visitor.origin} lead nowhere; it is limited while that goes on"
+            print(f"sealift-doorman: {text}", file=sys.stderr, flush=True)
 
     def _drop_late(self) -> None:
         now = time.monotonic()
-        while self._visitors:
-            sock, visitor = next(iter(self._visitors.items()))
-            if visitor.deadline > now:
-                return
-            self._drop(sock)
+        late = list(itertools.takewhile(lambda visitor: visitor.came + PREFACE_S <= now, self._unread))
+        for visitor in late:
+            self._unread.leave(visitor)
+            self._let_go(visitor)
 
-    def _drop(self, sock: socket.socket) -> None:
-        del self._visitors[sock]
-        self._selector.unregister(sock)
-        sock.close()
+    def _let_go(self, visitor: _Visitor) -> None:
+        """A visitor that has lost its place."""
+        self._selector.unregister(visitor.sock)
+        self._turn_away(visitor)
 
     def _close(self) -> None:
-        for sock in list(self._visitors):
-            self._drop(sock)
+        for visitor in self._unread:
+            self._selector.unregister(visitor.sock)
+            _reset(visitor.sock)
         for own in (self._listener, self._postman, self._woken, self._wake):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(own)
             own.close()
         self._selector.close()
         os.close(self._lock_fd)
+
+
+def _reset(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    sock.close()
 
 
 def _take_lock(path: str) -> int:

@@ -2,8 +2,9 @@
 
 Source: dials the control channel at once; accepts exactly the planned number of local connections, whose order is the
 order of the channels; dials one connection for each. Target: takes connections from the doorman, lets each prove
-itself in a thread of its own while at most eight are unproven, and opens its local connections strictly in the order of
-the channels, main first, however they arrive (QEMU takes the first connection for the main stream).
+itself in a thread of its own while at most eight are unproven (one more drops the oldest of the address that has most),
+and opens its local connections strictly in the order of the channels, main first, however they arrive (QEMU takes the
+first connection for the main stream).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from sealift.channel.outages import delay_before
 from sealift.channel.protocol import PREFACE_BYTES, Preface
 from sealift.channel.relay_move import Move
 from sealift.channel.relay_spec import split_address
+from sealift.channel.waiting_room import WaitingRoom, origin
 from sealift.channel.wire import Wire, prepare_tcp, shut
 from sealift.errors import (
     ChannelError,
@@ -169,7 +171,7 @@ class TargetEnd:
         self._door.bind(move.spec.door)
         os.chmod(move.spec.door, 0o600)
         self._lock = threading.Lock()
-        self._unconfirmed: OrderedDict[int, socket.socket] = OrderedDict()
+        self._unconfirmed: WaitingRoom[socket.socket] = WaitingRoom(MAX_UNCONFIRMED)
         self._epochs: dict[int, int] = {}
         self._begun: set[int] = set()
         self._confirm_lock = threading.Lock()
@@ -188,7 +190,7 @@ class TargetEnd:
             os.unlink(self._move.spec.door)
         shut(self._door)
         with self._lock:
-            for sock in self._unconfirmed.values():
+            for sock in self._unconfirmed:
                 shut(sock)
 
     def _watch_door(self) -> None:
@@ -209,10 +211,8 @@ class TargetEnd:
             self._move.events.refuse(error)
             return
         with self._lock:
-            self._unconfirmed[id(sock)] = sock
-            if len(self._unconfirmed) > MAX_UNCONFIRMED:
-                _, oldest = self._unconfirmed.popitem(last=False)
-                shut(oldest)  # its thread then finds the connection ended, and reports it
+            for lost in self._unconfirmed.enter(sock, _origin(sock), at_most=MAX_UNCONFIRMED):
+                shut(lost)  # its thread then finds the connection ended, and reports it
         self._move.spawn(f"admit-{preface.channel}", lambda: self._prove(preface, sock))
 
     def _prove(self, preface: Preface, sock: socket.socket) -> None:
@@ -234,7 +234,8 @@ class TargetEnd:
             return
         finally:
             with self._lock:
-                self._unconfirmed.pop(id(sock), None)
+                if sock in self._unconfirmed:
+                    self._unconfirmed.leave(sock)
 
     def _dismiss(self, preface: Preface, sock: socket.socket, accept: Accept) -> None:
         """The move is over, and this connection, made since, shows that the peer was not told: it is told now."""
@@ -295,3 +296,10 @@ class TargetEnd:
             raise
         self._move.hold_local(local)
         self._move.start_tunnel(channel, local)
+
+
+def _origin(sock: socket.socket) -> str:
+    try:
+        return origin(str(sock.getpeername()[0]))
+    except OSError:
+        return ""  # it is gone already
