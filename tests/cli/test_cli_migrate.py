@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from doubles.agent import line, straight_source, straight_target
-from sealift.domain.move import MoveOrder, MoveState, Progress
+from sealift.api import schemas
+from sealift.api.schemas import Migration
+from sealift.cli import watching
+from sealift.domain.move import LinkDown, LinkReport, MoveOrder, MoveState, Outage, Progress
 from support.command_line import CommandLine
 from support.deployment import Deployment, a_deployment
 
@@ -75,6 +78,90 @@ def test_a_sealed_move_ends_with_one_line_that_says_so(deployment: Deployment, s
     assert order.options.bandwidth == 2 << 30
     assert order.options.max_downtime_ms == 200
     assert order.options.multifd_channels == 2
+
+
+def cut_off(order: MoveOrder) -> list[dict[str, object]]:
+    """A source whose link went down 12 s ago."""
+    what = "the connection was reset"
+    outages = (Outage("peer_silent", "nothing was heard", 70), Outage("stream_truncated", what))
+    down = LinkDown(12.0, 48.0, "stream_truncated", what)
+    return [line(MoveState.PRECOPY, progress=COPYING, link=LinkReport(outages, 2, 70, 3, down))]
+
+
+def test_how_long_to_wait_for_a_broken_link_is_told_to_both_hosts(deployment: Deployment, sealift: CommandLine) -> None:
+    sealift.says("migrate", "web", "--to", "b", "--give-up", "2m", "--switchover-timeout", "7.5s")
+    (order,) = [order for role, order in deployment.a.orders]
+    assert [order] == [order for role, order in deployment.b.orders]
+    assert (order.options.give_up_ms, order.options.switchover_timeout_ms) == (120_000, 7_500)
+    (record,) = sealift.json("migration", "list")
+    assert (record["give_up_ms"], record["switchover_timeout_ms"]) == (120_000, 7_500)
+    shown = sealift.says("migration", "show", record["id"])
+    assert re.search(r"gives up after +2 min 00 s\n", shown)
+    assert re.search(r"in switchover +7\.5 s\n", shown)
+
+
+def test_without_a_word_the_defaults_hold(deployment: Deployment, sealift: CommandLine) -> None:
+    sealift.says("migrate", "web", "--to", "b")
+    (order,) = [order for role, order in deployment.a.orders]
+    assert (order.options.give_up_ms, order.options.switchover_timeout_ms) == (60_000, 5_000)
+    assert "[default: 60s]" in sealift.says("migrate", "--help")
+
+
+@pytest.mark.parametrize("words", [["--give-up", "0.5s"], ["--give-up", "25h"], ["--switchover-timeout", "2m"]])
+def test_patience_out_of_bounds_is_refused_before_anything_changes(
+    deployment: Deployment, sealift: CommandLine, words: list[str]
+) -> None:
+    said = sealift.fails(3, "migrate", "web", "--to", "b", *words)
+    assert "is not between 1 s and" in said
+    assert f"\n  -> give another {words[0]}" in said
+    assert not deployment.a.orders
+    assert not deployment.b.orders
+
+
+def test_an_interrupted_link_is_seen_while_it_lasts_and_afterwards(
+    deployment: Deployment, sealift: CommandLine
+) -> None:
+    deployment.a.source_script, deployment.b.target_script = cut_off, waiting
+    with terminal(sealift, "migrate", "web", "--to", "b") as shown:
+        shown.until(r"precopy[^\n]*768 MiB, link to b down for 12\.0 s, giving up in 48\.0 s")
+        (listed,) = sealift.json("migration", "list")
+        assert listed["link_down"]["left_s"] == 48
+        record = sealift.says("migration", "show", listed["id"])
+        assert "link to b down for 12.0 s, giving up in 48.0 s, link interrupted twice, 3 reconnects" in record
+        (there,), (here,) = deployment.b.moves.values(), deployment.a.moves.values()
+        there.script, here.script = straight_target(there.order)[4:], straight_source(here.order)[3:]
+        shown.end()
+    record = sealift.json("migration", "show", listed["id"])
+    assert (record["outages"], record["reconnects"], record["link_down"]) == (2, 3, None)
+    events = [json.loads(text) for text in sealift.says("events", "--json").splitlines()]
+    assert [(e["type"], e["slug"]) for e in events if e["slug"]] == [
+        ("migration.interrupted", "peer_silent"),
+        ("migration.resumed", "peer_silent"),
+        ("migration.interrupted", "stream_truncated"),
+    ]
+    assert "resumed after 70 ms" in sealift.says("events")
+
+
+def test_without_a_terminal_an_interrupted_link_gets_lines(
+    deployment: Deployment, sealift: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    up = Migration.model_validate(sealift.json("migrate", "web", "--to", "b")).model_copy(update={"phases": []})
+    cut = {"left_s": 48.0, "slug": "stream_truncated", "what": "it was cut"}
+    down = [
+        up.model_copy(update={"link_down": schemas.LinkDown(down_s=down_s, **cut), "outages": 1})
+        for down_s in (0.1, 3.0, 12.0, 13.0)
+    ]
+    back = up.model_copy(update={"outages": 1, "reconnects": 2, "longest_outage_ms": 13_400})
+    short = up.model_copy(update={"outages": 2, "reconnects": 3, "longest_outage_ms": 13_400})
+    lines = watching.Lines()
+    for now in (up, *down, back, back, short, short):
+        lines.show(now)
+    assert [text.split(" s  ", 1)[1] for text in capsys.readouterr().out.splitlines()] == [
+        "link to b down for 100 ms, giving up in 48.0 s: it was cut [stream_truncated]",
+        "link to b down for 12.0 s, giving up in 48.0 s: it was cut [stream_truncated]",
+        "link interrupted once, 2 reconnects, for 13.4 s at most; it is up",
+        "link interrupted twice, 3 reconnects, for 13.4 s at most; it is up",
+    ]
 
 
 def test_a_plain_move_is_said_loudly_with_its_reason(deployment: Deployment, sealift: CommandLine) -> None:

@@ -15,7 +15,7 @@ from doubles.agent import FakeAgent, joined_agent, key_of, line, straight_source
 from sealift.controller.orchestrator import draw_secret
 from sealift.controller.services import Services
 from sealift.domain.lifecycle import State
-from sealift.domain.move import Answer, MoveSecret, MoveState, Role, SealedSecret
+from sealift.domain.move import Answer, LinkReport, MoveSecret, MoveState, Outage, Role, SealedSecret
 from sealift.domain.policy import MigrateEncryption
 from sealift.errors import Conflict, HostUnreachable, NotFound, StaleFence
 from sealift.secret import Secret
@@ -502,6 +502,65 @@ def test_a_dry_run_records_and_moves_nothing(tmp_path: Path) -> None:
         assert not a.orders + b.orders
         told = [event.type for event in (await happened(services))[before:]]
         assert told == ["host.capability_lost"]
+
+    with_world(tmp_path, story)
+
+
+# What befalls the link between the hosts
+
+
+def test_outages_are_told_once_each_and_counted_in_the_record(tmp_path: Path) -> None:
+    cut, silent = Outage("stream_truncated", "it was cut"), Outage("peer_silent", "nothing was heard", 5012)
+    over = replace(cut, lasted_ms=31)
+    reports = (
+        LinkReport((cut,), 1),
+        LinkReport((over, silent), 2, 5012, 4),
+    )
+
+    async def main() -> None:
+        state = make_state(tmp_path)
+        async with contextlib.AsyncExitStack() as hosts:
+            async with a_controller(state) as services:
+                a, b = await hosts.enter_async_context(two_hosts(services, tmp_path))
+                await running_vm(services, a)
+                a.source_script = lambda order: [line(S.PRECOPY), line(S.PRECOPY, link=reports[0])]
+                b.target_script = lambda order: [line(S.WAITING)]
+                row = await services.orchestrator.request(wish())
+                await until(services, row.id, lambda row: row.outage_events == 1)
+            [source], [target] = a.moves.values(), b.moves.values()
+            source.script = [line(S.PRECOPY, link=reports[1]), *straight_source(source.order)[3:]]
+            target.script = straight_target(target.order)[4:]
+            async with a_controller(state) as services:
+                row = await finished(services, row.id)
+                assert (row.outages, row.longest_outage_ms, row.reconnects) == (2, 5012, 4)
+                told = [e for e in await happened(services) if e.type in ("migration.interrupted", "migration.resumed")]
+                assert [(e.type.partition(".")[2], e.slug) for e in told] == [
+                    ("interrupted", "stream_truncated"),
+                    ("resumed", "stream_truncated"),
+                    ("interrupted", "peer_silent"),
+                    ("resumed", "peer_silent"),
+                ]
+                assert all(e.migration == row.id and "from a to b" in e.text for e in told)
+                assert "it was cut [stream_truncated]" in told[0].text
+                assert told[3].text.endswith("resumed after 5012 ms")
+
+    asyncio.run(main())
+
+
+def test_the_steps_of_setting_up_are_in_the_record(tmp_path: Path) -> None:
+    async def story(services: Services, a: FakeAgent, b: FakeAgent, vm: UUID) -> None:
+        a.source_script = lambda order: [
+            line(S.PRECOPY, timeline=(("ordered", 3.0), ("relay", 4.0))),
+            line(S.PRECOPY, timeline=(("ordered", 3.0), ("relay", 4.0), ("connected", 5.0))),
+            *straight_source(order)[3:],
+        ]
+        b.target_script = lambda order: [line(S.WAITING, timeline=(("ordered", 1.0),)), *straight_target(order)[1:]]
+        row = await finished(services, (await services.orchestrator.request(wish())).id)
+        steps = {(where, step): at for where, step, at in row.timeline}
+        assert [steps.get(("source", step)) for step in ("ordered", "relay", "connected")] == [3.0, 4.0, 5.0]
+        assert steps[("target", "ordered")] == 1.0
+        ours = [steps[("controller", step)] for step in ("ordered", "target", "source")]
+        assert ours == sorted(ours)
 
     with_world(tmp_path, story)
 

@@ -48,6 +48,8 @@ async def handover(
         target=order.target_address if role is Role.SOURCE else "",
         door=door_path(str(settings.doors), route) if role is Role.TARGET else "",
         source_address="" if sealed or role is Role.SOURCE else await _ip_address(order.source_address),
+        give_up_s=order.options.give_up_ms / 1000,
+        switchover_timeout_s=order.options.switchover_timeout_ms / 1000,
     )
     return "relay" if sealed else "splice", spec, raw
 

@@ -46,6 +46,12 @@ class Parts:
     recovered: bool
 
 
+def marked(row: MoveRow, step: str) -> MoveRow:
+    """``row`` with ``step`` done now."""
+    timeline = (*row.status.timeline, (step, time.time()))
+    return replace(row, status=replace(row.status, timeline=timeline))
+
+
 class Move:
     """One side of one attempt; ``SourceMove`` and ``TargetMove`` say what it does."""
 
@@ -63,9 +69,14 @@ class Move:
         status, seen = self._row.status, self.watch.relay_status
         if not seen:
             return status
-        offset = seen.get("clock_offset_us")
+        offset, acked, marks = seen.get("clock_offset_us"), seen.get("acked_out"), dict(status.timeline)
+        if status.role is Role.SOURCE:
+            marks |= seen.get("marks", {})
         return replace(
             status,
+            progress=status.progress.taken(int(acked)) if acked is not None else status.progress,
+            link=self.watch.link.report(seen),
+            timeline=tuple(marks.items()),
             sealed_out=int(seen.get("sealed_out", 0)),
             sealed_in=int(seen.get("sealed_in", 0)),
             clock_offset_s=offset / 1e6 if offset is not None else status.clock_offset_s,
@@ -94,6 +105,10 @@ class Move:
         except SealiftError as failure:
             log.error("move.not_journaled", attempt=str(self.order.attempt), state=state.value, what=str(failure))
         self.watch.touch()
+
+    def mark(self, step: str) -> None:
+        """Keep when a step of setting up was done; the next state that is noted takes it to the disk."""
+        self._row = marked(self._row, step)
 
     def progress(self, progress: Progress) -> None:
         """Keep QEMU's latest figures; they are not worth a write to the disk."""

@@ -14,7 +14,7 @@ import structlog
 from sealift.agent.commitlog import CommitLog, Mark
 from sealift.agent.handover import handover, put_away
 from sealift.agent.journal import Journal, MoveRow, aborted_unseen, unfinished
-from sealift.agent.move import Move, Parts, relay_log
+from sealift.agent.move import Move, Parts, marked, relay_log
 from sealift.agent.recovery import answered, ended, without_qemu
 from sealift.agent.settings import AgentSettings
 from sealift.agent.source import SourceMove
@@ -85,6 +85,7 @@ class Moves:
             self._put(row)
             commits = await asyncio.to_thread(self._log, order, Role.SOURCE)
             relay = await self._start_relay(row, secret, vm)
+            row = marked(row, "relay")
             return await self._begin(SourceMove(self._parts(row, vm, relay, commits, recovered=False)))
         except Exception as error:
             raise await self._undone(row, None, error) from None
@@ -113,11 +114,13 @@ class Moves:
             self._put(row)
             commits = await asyncio.to_thread(self._log, order, Role.TARGET)
             vm = await self._hypervisor.prepare_incoming(order.hardware, self._vms.paths(order.vm))
-            row = replace(row, process=vm.process)
+            row = replace(marked(row, "qemu"), process=vm.process)
             self._journal.put_move(row)
             relay = await self._start_relay(row, secret, vm)
+            row = marked(row, "relay")
             await vm.configure_target(order.options)
             await vm.listen(row.directory / "incoming.sock")
+            row = marked(row, "listening")
             move = TargetMove(self._parts(row, vm, relay, commits, recovered=False))
             move.note(MoveState.WAITING)
             return await self._begin(move)
@@ -145,7 +148,7 @@ class Moves:
     def _row(self, order: MoveOrder, role: Role) -> MoveRow:
         directory = self._settings.run_directory / "moves" / secrets.token_hex(8)
         status = MoveStatus(order.attempt, role, MoveState.PREPARING, channels=1 + order.options.multifd_channels)
-        return MoveRow(order, status, directory)
+        return marked(MoveRow(order, status, directory), "ordered")
 
     def _put(self, row: MoveRow) -> None:
         self._journal.put_move(row)

@@ -111,6 +111,7 @@ class SourceMove(Move):
         await self.vm.configure_source(self.order.options)
         self.note(MoveState.PRECOPY)
         await self.vm.migrate(self.directory / "migrate.sock")
+        self.mark("migrate")
         await watch.look()  # what was seen before belongs to an earlier migration
 
     async def _switch_over(self) -> None:
@@ -187,7 +188,7 @@ class SourceMove(Move):
                 lambda: self._answer() is not None or not watch.unheard, _LINK_S
             ):
                 # The relays go on trying, for ever; a controller may be quicker in carrying the answer.
-                self.note(MoveState.AWAITING_ANSWER, error=StreamTruncated(watch.interrupted.get(CONTROL, "")))
+                self.note(MoveState.AWAITING_ANSWER, error=StreamTruncated(watch.link.interrupted.get(CONTROL, "")))
             await watch.until(
                 lambda: (
                     self._answer() is not None or (watch.unheard and self.status.state is not MoveState.AWAITING_ANSWER)

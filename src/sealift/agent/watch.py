@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from sealift.agent.link_history import LinkHistory
 from sealift.channel.relay_client import RelayClient
 from sealift.channel.relay_spec import Phase
 from sealift.domain.move import Answer
@@ -39,8 +40,7 @@ class Watch:
         self.qemu_gone = False
         self.connected = False
         self.broken: ChannelError | None = None if relay else RelayGone("the relay of this move has ended")
-        self.interrupted: dict[int, str] = {}
-        """The channels that have no connection now, and why; the relays see to it, and nothing is broken by it."""
+        self.link = LinkHistory()
         self.messages: dict[str, Mapping[str, Any]] = {}
         self.relay_status: Mapping[str, Any] = {}
         self.cancel_asked = False
@@ -110,7 +110,7 @@ class Watch:
     @property
     def unheard(self) -> bool:
         """Whether the other host's messages cannot come now."""
-        return self.broken is not None or CONTROL in self.interrupted
+        return self.broken is not None or CONTROL in self.link.interrupted
 
     async def look_at_relay(self) -> None:
         """Ask the relay for its counters."""
@@ -166,10 +166,10 @@ class Watch:
                 message = event["message"]
                 self.messages[str(message.get("type"))] = message
             case "interrupted":
-                self.interrupted[int(event["channel"])] = str(event["what"])
+                self.link.interrupt(int(event["channel"]), str(event["slug"]), str(event["what"]))
                 log.info("relay.interrupted", channel=event["channel"], slug=event["slug"], what=event["what"])
             case "resumed":
-                self.interrupted.pop(int(event["channel"]), None)
+                self.link.resume(int(event["channel"]), int(event["outage_ms"]))
                 log.info("relay.resumed", channel=event["channel"], outage_ms=event["outage_ms"])
             case "broken":
                 error = from_slug(str(event["slug"]), str(event["what"]))

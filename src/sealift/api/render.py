@@ -6,11 +6,11 @@ import datetime
 
 from pydantic import TypeAdapter
 
-from sealift.api.schemas import Event, Finding, Host, Migration, Phase, Progress, Vm
+from sealift.api.schemas import Event, Finding, Host, LinkDown, Migration, Phase, Progress, Step, Vm
 from sealift.controller.inventory import SeenHost, SeenVm
 from sealift.controller.models import EventRow, MigrationRow
 from sealift.domain.lifecycle import FINAL, State
-from sealift.domain.move import MoveStatus
+from sealift.domain.move import LinkReport, MoveStatus
 from sealift.domain.policy import MigrateEncryption
 
 _FINDINGS = TypeAdapter(list[Finding])
@@ -64,6 +64,7 @@ def migration(
     state = State(row.state)
     live = source if source is not None and state not in FINAL else None
     progress = live.progress if live else None
+    link = live.link if live else LinkReport()
     return Migration(
         id=row.id,
         dry_run=dry_run,
@@ -80,10 +81,17 @@ def migration(
         channels=row.channels,
         bandwidth=row.bandwidth,
         max_downtime_ms=row.max_downtime_ms,
+        give_up_ms=row.give_up_ms,
+        switchover_timeout_ms=row.switchover_timeout_ms,
         sealed_out=max(row.sealed_out, live.sealed_out if live else 0),
         sealed_in=max(row.sealed_in, live.sealed_in if live else 0),
         target_sealed_out=max(row.target_sealed_out, target.sealed_out if live and target else 0),
         target_sealed_in=max(row.target_sealed_in, target.sealed_in if live and target else 0),
+        outages=max(row.outages, link.count),
+        longest_outage_ms=max(row.longest_outage_ms, link.longest_ms),
+        reconnects=max(row.reconnects, link.reconnects),
+        link_down=LinkDown(**vars(link.down)) if link.down else None,
+        timeline=[Step(where=where, step=step, at=moment(at)) for where, step, at in row.timeline],
         phases=[Phase(state=State(name), at=moment(at)) for name, at in row.phases],
         total_s=(row.finished_at or now) - row.created_at,
         downtime_ms=row.downtime_ms,
@@ -111,4 +119,5 @@ def event(row: EventRow) -> Event:
         vm=row.vm,
         migration=row.migration,
         state=row.state,
+        slug=row.slug,
     )

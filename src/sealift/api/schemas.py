@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from sealift.domain.host import HostCapabilities
 from sealift.domain.lifecycle import State
+from sealift.domain.patience import GIVE_UP_MS, SWITCHOVER_TIMEOUT_MS
 from sealift.domain.policy import Capability, MigrateEncryption
 from sealift.domain.vm import HardwareRecord, VmConfig, VmState
 
@@ -143,7 +144,9 @@ class Vm(Document):
 class MigrationCreate(Request):
     """POST migrations. Answers 201 with the Migration, which then runs by itself; 409 ``plan_refused`` otherwise.
 
-    ``channels`` counts data streams: 1 is one stream, N >= 2 is multifd with N. With ``dry_run`` nothing is stored or
+    ``channels`` counts data streams: 1 is one stream, N >= 2 is multifd with N. ``give_up_ms`` is how long the link
+    between the hosts may be down while the guest runs at the source before it is kept there (1 s to 24 h),
+    ``switchover_timeout_ms`` the same while the guest stands still (1 s to 60 s). With ``dry_run`` nothing is stored or
     moved, and the answer is 200 with the Migration as it would be, in state ``planned`` or ``refused``, with its
     findings.
     """
@@ -154,6 +157,8 @@ class MigrationCreate(Request):
     bandwidth: int = Field(default=0, ge=0, le=1 << 50)  # bytes per second; 0: no limit
     max_downtime_ms: int = Field(default=300, ge=1, le=2_000_000)
     channels: int = Field(default=1, ge=1, le=65535)
+    give_up_ms: int = Field(default=GIVE_UP_MS, ge=0, lt=1 << 31)
+    switchover_timeout_ms: int = Field(default=SWITCHOVER_TIMEOUT_MS, ge=0, lt=1 << 31)
 
 
 class Finding(Document):
@@ -171,8 +176,32 @@ class Phase(Document):
     at: datetime
 
 
+class Step(Document):
+    """When a step of setting up was done, on the clock of where it was done.
+
+    ``controller``: ``ordered`` (the spec goes out), ``target`` and ``source`` (that host has taken its order).
+    ``source`` and ``target``: see ``domain.move.MoveStatus``.
+    """
+
+    where: Literal["controller", "source", "target"]
+    step: str
+    at: datetime
+
+
+class LinkDown(Document):
+    """The link between the hosts is down; seconds. ``left_s`` is None when nobody gives up any more."""
+
+    down_s: float
+    left_s: float | None
+    slug: str
+    what: str
+
+
 class Progress(Document):
-    """The source's statistics at the moment of the last look, while the migration runs."""
+    """The source's statistics at the moment of the last look, while the migration runs.
+
+    Bytes count as transferred when the target has acknowledged them; until then they are remaining.
+    """
 
     total_bytes: int
     remaining_bytes: int
@@ -189,6 +218,9 @@ class Migration(Document):
     ``sealed_out`` and ``sealed_in`` are plaintext bytes the source sealed (source to target) and opened (target to
     source); ``target_sealed_*`` are the target's own counts of what it sealed and opened. ``downtime_ms`` runs from
     the guest's stop at the source to its resume at the target, clocks compared over the control stream.
+
+    ``outages`` counts how often the link between the hosts was down, ``reconnects`` the connections that were made
+    anew because of it; both, and ``longest_outage_ms``, as the source saw it. ``link_down`` is None while it is up.
     """
 
     id: UUID
@@ -206,11 +238,18 @@ class Migration(Document):
     channels: int
     bandwidth: int
     max_downtime_ms: int
+    give_up_ms: int
+    switchover_timeout_ms: int
     sealed_out: int
     sealed_in: int
     target_sealed_out: int
     target_sealed_in: int
+    outages: int
+    longest_outage_ms: int
+    reconnects: int
+    link_down: LinkDown | None
     phases: list[Phase]
+    timeline: list[Step]
     total_s: float | None  # from request to end, or to now
     downtime_ms: float | None
     requested_by: str
@@ -239,6 +278,7 @@ class Event(Document):
     vm: str | None = None
     migration: UUID | None = None
     state: str | None = None  # of a migration.state event: the state it entered
+    slug: str | None = None  # of the error it tells of, such as what interrupted a link
 
 
 class Problem(Document):

@@ -10,10 +10,11 @@ import click
 from sealift.cli import quantities
 from sealift.cli.credentials import connect
 from sealift.cli.output import Output, json_option, pass_output
+from sealift.domain.patience import GIVE_UP_MS, SWITCHOVER_TIMEOUT_MS
 from sealift.errors import InvalidInput, NotFound, PlanRefused
 
 if TYPE_CHECKING:
-    from sealift.api.schemas import Migration
+    from sealift.api.schemas import Migration, MigrationCreate
     from sealift.client import Client
 
 SHORT = 8
@@ -27,6 +28,20 @@ SHORT = 8
 @click.option("--bandwidth", default="0", metavar="RATE", help="At most so much each second, such as 2G or 10Gbit.")
 @click.option("--max-downtime", default="300ms", metavar="TIME", show_default=True, help="How long it may stand still.")
 @click.option("--channels", default=1, type=click.IntRange(1, 64), show_default=True, help="Data streams in parallel.")
+@click.option(
+    "--give-up",
+    default=f"{GIVE_UP_MS // 1000}s",
+    metavar="TIME",
+    show_default=True,
+    help="How long the link between the hosts may be down before the VM is kept where it is.",
+)
+@click.option(
+    "--switchover-timeout",
+    default=f"{SWITCHOVER_TIMEOUT_MS // 1000}s",
+    metavar="TIME",
+    show_default=True,
+    help="The same while the VM stands still.",
+)
 @click.option("--detach", is_flag=True, help="Begin it, and do not wait for the end.")
 @json_option
 @pass_output
@@ -38,19 +53,23 @@ def migrate(
     bandwidth: str,
     max_downtime: str,
     channels: int,
+    give_up: str,
+    switchover_timeout: str,
     detach: bool,
 ) -> None:
     """Move the running VM to another host.
 
     Ctrl-C asks for it to be cancelled, and waits to hear what became of the VM; a second Ctrl-C stops waiting.
     """
-    rate, downtime_ms = quantities.parse_rate(bandwidth), quantities.parse_duration_ms(max_downtime)
-    from sealift.api.schemas import MigrationCreate
+    figures = {
+        "bandwidth": quantities.parse_rate(bandwidth),
+        "max_downtime_ms": quantities.parse_duration_ms(max_downtime),
+        "give_up_ms": quantities.parse_duration_ms(give_up),
+        "switchover_timeout_ms": quantities.parse_duration_ms(switchover_timeout),
+    }
     from sealift.cli import watching
 
-    wish = MigrationCreate(
-        vm=name, to=target, dry_run=dry_run, bandwidth=rate, max_downtime_ms=downtime_ms, channels=channels
-    )
+    wish = _wish(vm=name, to=target, dry_run=dry_run, channels=channels, **figures)
     with connect() as client, watching.Interrupts() as interrupts:
         made = client.migrate(wish)
         if dry_run:
@@ -61,6 +80,19 @@ def migrate(
             output.say(f"Migration {made.id} has begun; `sealift migration watch {str(made.id)[:SHORT]}` follows it.")
         else:
             watching.watch(client, made, output, interrupts, cancel=True)
+
+
+def _wish(**fields: object) -> MigrationCreate:
+    """The request; raises InvalidInput for a figure that no controller takes."""
+    from pydantic import ValidationError
+
+    from sealift.api.schemas import MigrationCreate
+
+    try:
+        return MigrationCreate.model_validate(fields)
+    except ValidationError as error:
+        names = sorted({f"--{str(found['loc'][0]).removesuffix('_ms').replace('_', '-')}" for found in error.errors()})
+        raise InvalidInput(f"{' and '.join(names)}: out of all bounds", todo="see `sealift migrate --help`") from None
 
 
 def _show_plan(output: Output, made: Migration) -> None:
@@ -148,6 +180,9 @@ def show(output: Output, identifier: str) -> None:
         ("opened at source", quantities.size(found.sealed_in) if sealed else ""),
         ("bandwidth", quantities.rate(found.bandwidth) if found.bandwidth else "not limited"),
         ("downtime asked", quantities.duration(found.max_downtime_ms / 1000)),
+        ("gives up after", quantities.duration(found.give_up_ms / 1000)),
+        ("in switchover", quantities.duration(found.switchover_timeout_ms / 1000)),
+        ("link", watching.link_of(found)),
         ("downtime", quantities.duration(found.downtime_ms / 1000) if found.downtime_ms is not None else ""),
         ("took", took),
         ("asked", quantities.moment(found.created_at)),

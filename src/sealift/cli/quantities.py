@@ -10,8 +10,8 @@ from sealift.errors import InvalidInput
 _BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _RATE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) *(?:([KMGT]?)(?:iB)?|([KMGT]?)bit)(?:/s)?")
-_DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) *(ms|s|min)")
-_MILLISECONDS = {"ms": 1, "s": 1000, "min": 60_000}
+_DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) *(ms|s|min|m|h)")
+_MILLISECONDS = {"ms": 1, "s": 1000, "min": 60_000, "m": 60_000, "h": 3_600_000}
 
 
 def parse_rate(text: str) -> int:
@@ -25,11 +25,11 @@ def parse_rate(text: str) -> int:
 
 
 def parse_duration_ms(text: str) -> int:
-    """Milliseconds of ``300ms``, ``1.5s`` or ``2min``, at least 1; raises InvalidInput."""
+    """Milliseconds of ``300ms``, ``1.5s``, ``2min``, ``2m`` or ``1h``, at least 1; raises InvalidInput."""
     found = _DURATION.fullmatch(text.strip())
     value = round(float(found[1]) * _MILLISECONDS[found[2]]) if found else 0
     if value < 1:
-        raise InvalidInput("the duration is not valid", todo='write it as "300ms", "1.5s" or "2min"')
+        raise InvalidInput("the duration is not valid", todo='write it as "300ms", "1.5s", "2m" or "1h"')
     return value
 
 

@@ -37,6 +37,9 @@ POLL_S = 0.3
 UNSETTLED_S = 10.0
 """How long an outcome may be unknown before we stop waiting for it to be settled."""
 
+DOWN_AGAIN_S = 10.0
+"""How often it is said again, line by line, that the link is down."""
+
 DETACHED = 130
 """Exit code when Ctrl-C ended the following, not the migration."""
 
@@ -106,17 +109,34 @@ class Silence:
 
 
 class Lines:
-    """A line for each phase, for what is not a terminal."""
+    """A line for each phase, and for what befalls the link, for what is not a terminal."""
 
     def __init__(self) -> None:
         self._shown = 0
+        self._outages = 0
+        self._down_told_s: float | None = None
 
     def show(self, now: Migration) -> None:
-        """Print the phases not printed yet."""
+        """Print the phases not printed yet, and what is new of the link."""
         for phase in now.phases[self._shown :]:
             after = (phase.at - now.phases[0].at).total_seconds()
             click.echo(f"{after:8.1f} s  {phase.state.value}")
         self._shown = len(now.phases)
+        if text := self._link(now):
+            click.echo(f"{now.total_s or 0:8.1f} s  {clean(text)}")
+
+    def _link(self, now: Migration) -> str:
+        down, told = now.link_down, self._down_told_s
+        before, self._outages = self._outages, now.outages
+        if down is not None:
+            if told is not None and 0 <= down.down_s - told < DOWN_AGAIN_S:
+                return ""
+            self._down_told_s = down.down_s
+            return f"{down_text(now)}: {down.what} [{down.slug}]"
+        self._down_told_s = None
+        if told is not None or now.outages > before:
+            return f"{link_of(now)}; it is up"
+        return ""
 
     def note(self, text: str) -> None:
         """On a line of its own."""
@@ -164,6 +184,9 @@ def figures_of(now: Migration) -> tuple[str, float, float | None]:
     if state is None or not state.total_bytes:
         return "", 0, None
     parts = [quantities.size(state.transferred_bytes)]
+    if now.link_down is not None:
+        parts.append(down_text(now))
+        return ", ".join(parts), max(0, state.total_bytes - state.remaining_bytes), state.total_bytes
     if state.rate > 0:
         parts.append(quantities.rate(state.rate))
     copying = now.state.value == "precopy"
@@ -172,6 +195,25 @@ def figures_of(now: Migration) -> tuple[str, float, float | None]:
     elif copying and state.passes > 1:
         parts.append(f"pass {state.passes}, the guest writes {quantities.rate(state.dirty_rate)}")
     return ", ".join(parts), max(0, state.total_bytes - state.remaining_bytes), state.total_bytes
+
+
+def down_text(now: Migration) -> str:
+    """How long the link is down by now, and how long that may go on."""
+    down = now.link_down
+    assert down is not None
+    end = "not giving up" if down.left_s is None else f"giving up in {quantities.duration(down.left_s)}"
+    return f"link to {now.target} down for {quantities.duration(down.down_s)}, {end}"
+
+
+def link_of(one: Migration) -> str:
+    """What befell the link between the hosts, in words; empty when nothing did."""
+    parts = [down_text(one)] if one.link_down is not None else []
+    if one.outages:
+        times = {1: "once", 2: "twice"}.get(one.outages, f"{one.outages} times")
+        parts.append(f"link interrupted {times}, {quantities.count(one.reconnects, 'reconnect')}")
+    if one.longest_outage_ms:
+        parts.append(f"for {quantities.duration(one.longest_outage_ms / 1000)} at most")
+    return ", ".join(parts)
 
 
 def protection(one: Migration) -> str:

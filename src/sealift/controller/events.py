@@ -33,6 +33,7 @@ class Happening:
     vm: str | None = None
     migration: UUID | None = None
     state: str | None = None
+    slug: str | None = None
 
 
 class EventLog:

@@ -47,10 +47,17 @@ def new_row(wish: Wish, vm: VmRow, source: HostRow, target: HostRow) -> Migratio
         channels=wish.channels,
         bandwidth=wish.options.bandwidth,
         max_downtime_ms=wish.options.max_downtime_ms,
+        give_up_ms=wish.options.give_up_ms,
+        switchover_timeout_ms=wish.options.switchover_timeout_ms,
         sealed_out=0,
         sealed_in=0,
         target_sealed_out=0,
         target_sealed_in=0,
+        outages=0,
+        longest_outage_ms=0,
+        reconnects=0,
+        outage_events=0,
+        timeline=[],
         phases=[[State.REQUESTED.value, now]],
         findings=[],
         requested_by=wish.requested_by,
@@ -163,6 +170,17 @@ class Ledger:
                 self._events.add(session, _about(row, *happening))
         return row
 
+    async def tell(
+        self, migration: UUID, happenings: Sequence[tuple[str, str, str | None]], fields: Mapping[str, object]
+    ) -> MigrationRow:
+        """Add events (type, text, slug of the error they tell of) and set ``fields``, all or nothing."""
+        async with self._events.transaction() as session:
+            row = await _get(session, migration)
+            _set(row, fields)
+            for kind, text, slug in happenings:
+                self._events.add(session, _about(row, kind, text, slug=slug))
+        return row
+
     async def hosts(self, row: MigrationRow) -> tuple[HostRow | None, HostRow | None]:
         """Source and target as they are now; None for one that was removed."""
         async with self._events.reading() as session:
@@ -193,8 +211,8 @@ def _set(row: MigrationRow, fields: Mapping[str, object]) -> None:
         setattr(row, name, value)
 
 
-def _about(row: MigrationRow, what: str, text: str, state: str | None = None) -> Happening:
-    return Happening(what, text, vm=row.vm_name, migration=row.id, state=state)
+def _about(row: MigrationRow, what: str, text: str, state: str | None = None, slug: str | None = None) -> Happening:
+    return Happening(what, text, vm=row.vm_name, migration=row.id, state=state, slug=slug)
 
 
 def _tell(row: MigrationRow, state: State) -> str:

@@ -107,6 +107,8 @@ class MigrationRow(Base):
     channels: Mapped[int]
     bandwidth: Mapped[int] = mapped_column(BigInteger)
     max_downtime_ms: Mapped[int]
+    give_up_ms: Mapped[int]
+    switchover_timeout_ms: Mapped[int]
     attempt: Mapped[UUID | None] = mapped_column(Uuid)
     fence: Mapped[int | None]
     sealed_out: Mapped[int] = mapped_column(BigInteger, default=0)
@@ -116,6 +118,11 @@ class MigrationRow(Base):
     phases: Mapped[list[list[Any]]] = mapped_column(JSON)  # [state, at] in order
     findings: Mapped[list[dict[str, str]]] = mapped_column(JSON)
     downtime_ms: Mapped[float | None]
+    outages: Mapped[int] = mapped_column(default=0)
+    longest_outage_ms: Mapped[int] = mapped_column(default=0)
+    reconnects: Mapped[int] = mapped_column(default=0)
+    outage_events: Mapped[int] = mapped_column(default=0)  # how many events of outages were told of it
+    timeline: Mapped[list[list[Any]]] = mapped_column(JSON)  # [where, step, at], each on its host's clock
     requested_by: Mapped[str] = mapped_column(String(63))
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     error_slug: Mapped[str] = mapped_column(String(64), default="")
@@ -140,3 +147,4 @@ class EventRow(Base):
     vm: Mapped[str | None] = mapped_column(String(63))
     migration: Mapped[UUID | None] = mapped_column(Uuid)
     state: Mapped[str | None] = mapped_column(String(16))
+    slug: Mapped[str | None] = mapped_column(String(64))  # of the error that it tells of

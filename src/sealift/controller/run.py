@@ -113,11 +113,14 @@ class Run:
         secret.wipe()
         source_may_have_it = False
         try:
+            watch.mark("ordered")
             watch.target = await watch.link(Role.TARGET).order(Role.TARGET, attempt, order.fence, spec)
             await self._until_target_waits()
+            watch.mark("target")
             if not watch.cancel_requested:
                 source_may_have_it = True
                 watch.source = await watch.link(Role.SOURCE).order(Role.SOURCE, attempt, order.fence, spec)
+                watch.mark("source")
                 return
         except Unreachable as error:
             if source_may_have_it:
@@ -160,7 +163,13 @@ def plan_fields(planned: Planned) -> dict[str, object]:
 
 def options_of(row: MigrationRow) -> MoveOptions:
     """The options as hosts take them: one data stream is no multifd."""
-    return MoveOptions(row.bandwidth, row.max_downtime_ms, row.channels if row.channels > 1 else 0)
+    return MoveOptions(
+        row.bandwidth,
+        row.max_downtime_ms,
+        row.channels if row.channels > 1 else 0,
+        row.give_up_ms,
+        row.switchover_timeout_ms,
+    )
 
 
 def _order(row: MigrationRow, planned: Planned, limits: ChannelLimits) -> MoveOrder:

@@ -20,7 +20,7 @@ from sealift.controller.ledger import Ledger, last_certain
 from sealift.controller.link import AgentLink
 from sealift.controller.models import HostRow, MigrationRow
 from sealift.domain.lifecycle import CANCELLABLE, FINAL, Event, State
-from sealift.domain.move import MOVE_FINAL, Answer, MoveState, MoveStatus, Role
+from sealift.domain.move import MOVE_FINAL, OUTAGES_TOLD, Answer, LinkReport, MoveState, MoveStatus, Role
 from sealift.errors import (
     HostIdentityMismatch,
     MigrationCancelled,
@@ -58,6 +58,7 @@ class Watch:
         self._out_since: float | None = None
         self._not_before = 0.0
         self._said = ""
+        self._marks: dict[str, float] = {}
         self.row = row
         self.failure: SealiftError | None = None  # why it will fail, when we know better than the source
         self.cancel_requested = row.cancel_requested
@@ -90,6 +91,10 @@ class Watch:
         """The way to the agent that has a role."""
         return self._inventory.link(self.host(role))
 
+    def mark(self, step: str) -> None:
+        """Keep for the record when a step of setting up was done here."""
+        self._marks[step] = time.time()
+
     async def step(
         self,
         *events: Event,
@@ -106,6 +111,7 @@ class Watch:
         """Look at both hosts until the migration is final."""
         while self.state not in FINAL:
             source, target = await asyncio.gather(self._look(Role.SOURCE), self._look(Role.TARGET))
+            await self._tell_outages()
             await self._follow(judge(last_certain(self.row.phases), source, target), source, target)
             if self.state not in FINAL:
                 await asyncio.sleep(self._pace.poll_s)
@@ -123,6 +129,14 @@ class Watch:
         else:
             self.target = found
         return found
+
+    async def _tell_outages(self) -> None:
+        """Events for what befell the link since the last look; the record says how many were told, each just once."""
+        if self.source is None:
+            return
+        told = _outages_told(self.row, self.source.link)
+        if new := told[self.row.outage_events :]:
+            self.row = await self._ledger.tell(self.row.id, new, {"outage_events": len(told)} | self._figures())
 
     async def _follow(self, verdict: Verdict, source: Report, target: Report) -> None:
         if verdict.end is not None:
@@ -269,12 +283,22 @@ class Watch:
         found: dict[str, object] = {}
         if source is not None:
             found |= {"sealed_out": source.sealed_out, "sealed_in": source.sealed_in}
+            link = source.link
+            found |= {"outages": link.count, "longest_outage_ms": link.longest_ms, "reconnects": link.reconnects}
         if target is not None:
             found |= {"target_sealed_out": target.sealed_out, "target_sealed_in": target.sealed_in}
         if source and target and source.stopped_at is not None and target.resumed_at is not None:
             resumed_at = target.resumed_at - (source.clock_offset_s or 0.0)
             found["downtime_ms"] = (resumed_at - source.stopped_at) * 1000
-        return found
+        return found | {"timeline": self._timeline()}
+
+    def _timeline(self) -> list[list[object]]:
+        """Every step of setting up that is known, each on the clock of where it was done."""
+        known = {(where, step): at for where, step, at in self.row.timeline}
+        known |= {("controller", step): at for step, at in self._marks.items()}
+        for status in (self.source, self.target):
+            known |= {(status.role.value, step): at for step, at in status.timeline} if status is not None else {}
+        return [[where, step, at] for (where, step), at in known.items()]
 
     async def tidy(self) -> None:
         """Let both hosts forget the attempt; asks again until they did, or are no hosts of ours any more."""
@@ -303,6 +327,20 @@ class Watch:
 
 
 _NO_ERROR: dict[str, object] = {"error_slug": "", "error": "", "todo": ""}
+
+
+def _outages_told(row: MigrationRow, link: LinkReport) -> list[tuple[str, str, str | None]]:
+    """The events of a migration's outages, in order; those of a later report begin with the same ones."""
+    between = f"VM {row.vm_name}: the link from {row.source_name} to {row.target_name}"
+    told: list[tuple[str, str, str | None]] = []
+    for outage in link.outages:
+        text = f"{between} was interrupted: {outage.what} [{outage.slug}]"
+        told.append(("migration.interrupted", text, outage.slug))
+        if outage.lasted_ms is not None:
+            told.append(("migration.resumed", f"{between} resumed after {outage.lasted_ms} ms", outage.slug))
+    if link.count > OUTAGES_TOLD:
+        told.append(("migration.interrupted", f"{between} is interrupted again; from here on it is only counted", None))
+    return told
 
 
 def failure_of(status: MoveStatus | None, host: str) -> SealiftError:

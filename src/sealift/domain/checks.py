@@ -13,6 +13,7 @@ from typing import Literal
 
 from sealift.domain.host import HostCapabilities
 from sealift.domain.move import MoveOptions
+from sealift.domain.patience import GIVE_UP_BOUNDS_MS, SWITCHOVER_TIMEOUT_BOUNDS_MS
 from sealift.domain.vm import Accelerator, HardwareRecord, VmState, VmStatus
 
 MAX_CHANNELS = 64
@@ -96,7 +97,26 @@ def _options(facts: Facts) -> list[Finding]:
         found.append(_error("bandwidth or downtime limit is not sane", "give a bandwidth >= 0 and a downtime >= 1 ms"))
     elif 0 < facts.options.bandwidth < 1 << 20:
         found.append(_warning("the bandwidth limit is below 1 MiB/s; the move may never converge", "raise --bandwidth"))
-    return found
+    return found + _patience(facts.options)
+
+
+def _patience(options: MoveOptions) -> list[Finding]:
+    return [
+        _error(
+            f"the {name} of {value / 1000:g} s is not between {least // 1000} s and {most // 1000} s",
+            f"give another {option}, or leave it out",
+        )
+        for name, option, value, (least, most) in (
+            ("give-up time", "--give-up", options.give_up_ms, GIVE_UP_BOUNDS_MS),
+            (
+                "switchover timeout",
+                "--switchover-timeout",
+                options.switchover_timeout_ms,
+                SWITCHOVER_TIMEOUT_BOUNDS_MS,
+            ),
+        )
+        if not least <= value <= most
+    ]
 
 
 def _target(facts: Facts) -> list[Finding]:

@@ -13,13 +13,14 @@ holds it (promise P2).
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 
+from sealift.domain.patience import GIVE_UP_MS, SWITCHOVER_TIMEOUT_MS
 from sealift.domain.vm import HardwareRecord
 from sealift.errors import InvalidInput
 from sealift.secret import Secret
@@ -46,11 +47,13 @@ class ChannelLimits:
 
 @dataclass(frozen=True)
 class MoveOptions:
-    """What the person asked for. Bandwidth in bytes per second (0: no limit), downtime in milliseconds."""
+    """What the person asked for. Bandwidth in bytes per second (0: no limit); see ``patience`` for the last two."""
 
     bandwidth: int = 0
     max_downtime_ms: int = 300
     multifd_channels: int = 0  # 0: one stream, no multifd
+    give_up_ms: int = GIVE_UP_MS
+    switchover_timeout_ms: int = SWITCHOVER_TIMEOUT_MS
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,10 @@ class Answer(Enum):
 
 @dataclass(frozen=True)
 class Progress:
-    """QEMU's migration statistics at one moment; bytes, bytes per second, pages per second, milliseconds."""
+    """QEMU's migration statistics at one moment; bytes, bytes per second, pages per second, milliseconds.
+
+    QEMU counts as transferred what it wrote into its local socket; ``taken`` corrects that.
+    """
 
     total_bytes: int = 0
     remaining_bytes: int = 0
@@ -186,10 +192,58 @@ class Progress:
         gain = self.rate - self.dirty_rate
         return self.remaining_bytes / gain if gain > 0 else None
 
+    def taken(self, acked: int) -> Progress:
+        """The same as far as the target has it: it acknowledged ``acked`` bytes, the rest is still to come.
+
+        What the relays hold counts as remaining, so nothing is shown as sent that a broken link could still cost.
+        """
+        held = max(0, self.transferred_bytes - acked)
+        remaining = min(self.total_bytes, self.remaining_bytes + held)
+        return replace(self, transferred_bytes=self.transferred_bytes - held, remaining_bytes=remaining)
+
+
+OUTAGES_TOLD = 32
+"""So many outages of an attempt are told one by one; more, which an attacker can cause for ever, are only counted."""
+
+
+@dataclass(frozen=True)
+class Outage:
+    """A stretch in which the link between the hosts was down: at least one channel had no connection."""
+
+    slug: str  # of the error that began it
+    what: str
+    lasted_ms: int | None = None  # None: it is not over
+
+
+@dataclass(frozen=True)
+class LinkDown:
+    """The link is down at this moment; seconds."""
+
+    down_s: float
+    left_s: float | None  # until it is given up, if nothing changes; None: never
+    slug: str
+    what: str
+
+
+@dataclass(frozen=True)
+class LinkReport:
+    """How the link between the hosts has fared so far, as one of them saw it."""
+
+    outages: tuple[Outage, ...] = ()  # in order, the first OUTAGES_TOLD
+    count: int = 0  # of all of them
+    longest_ms: int = 0  # of those that are over
+    reconnects: int = 0  # one for each channel that went on, on a new connection
+    down: LinkDown | None = None
+
 
 @dataclass(frozen=True)
 class MoveStatus:
-    """One host's report of one attempt. Times are seconds since the epoch on that host's clock."""
+    """One host's report of one attempt. Times are seconds since the epoch on that host's clock.
+
+    ``timeline`` says when each step of setting up was done: at the target ``ordered``, ``qemu``, ``relay``,
+    ``listening``; at the source ``ordered``, ``relay``, ``connected`` (the control channel), ``migrate`` (QEMU was
+    told), ``local`` (QEMU connected to the relay), ``first_byte`` (of QEMU's stream went out).
+    """
 
     attempt: UUID
     role: Role
@@ -202,5 +256,7 @@ class MoveStatus:
     resumed_at: float | None = None  # target: the guest's RESUME
     clock_offset_s: float | None = None  # source: target's clock minus source's
     answer: Answer | None = None  # target: its durable answer, once given
+    link: LinkReport = LinkReport()
+    timeline: tuple[tuple[str, float], ...] = ()
     error_slug: str = ""
     error: str = ""

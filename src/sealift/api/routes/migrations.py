@@ -41,7 +41,13 @@ def _document(controller: Services, row: MigrationRow) -> Migration:
 )
 async def create(controller: Controller, name: Caller, body: MigrationCreate, response: Response) -> object:
     """Move a VM to another host: planned now, then carried out by itself."""
-    options = MoveOptions(body.bandwidth, body.max_downtime_ms, body.channels if body.channels > 1 else 0)
+    options = MoveOptions(
+        body.bandwidth,
+        body.max_downtime_ms,
+        body.channels if body.channels > 1 else 0,
+        body.give_up_ms,
+        body.switchover_timeout_ms,
+    )
     wish = Wish(body.vm, body.to, options, body.channels, name)
     if body.dry_run:
         response.status_code = 200
