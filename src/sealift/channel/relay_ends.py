@@ -281,7 +281,6 @@ class TargetEnd:
         if channel == 0:
             self._move.start_control()
             return
-        self._move.connected.wait()  # what goes wrong from here on is said on the control channel
         with self._dial_lock:
             self._waiting.add(channel)
             while self._next_channel in self._waiting:

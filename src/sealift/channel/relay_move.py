@@ -351,6 +351,10 @@ class Move:
         error = self._error
         assert error is not None
         with self._lock:
+            connected = 0 in self._carriers and self._carriers[0].connections > 0
+        if connected:
+            self.connected.wait(_LAST_RECORDS_S)  # its threads, which say goodbye, may be just about to start
+        with self._lock:
             to_locals, to_peer = self._close_to_locals, self._close_to_peer
             link, tunnels, wires = self._link, list(self._tunnels.values()), list(self._wires)
             drained = self._drained
