@@ -274,12 +274,16 @@ class ByHand:
         self.sent = self._preface.encode() + self._initiator.message1()
         self.sock.sendall(self.sent)
 
-    def prove(self, resume: tuple[int, int] | None = None) -> None:
-        answer = exactly(self.sock, MESSAGE_BYTES)
-        keys = self._initiator.message2(answer)
+    def answered(self) -> None:
+        """Take message 2."""
+        keys = self._initiator.message2(exactly(self.sock, MESSAGE_BYTES))
         self.sending, self.receiving = halves(
             keys, self._nonce, self._spec.limits, initiator=True, control=False, buffer_bytes=4096
         )
+
+    def prove(self, resume: tuple[int, int] | None = None) -> None:
+        if not hasattr(self, "sending"):
+            self.answered()
         self.sock.sendall(self.sending.resume(*resume) if resume else self.sending.open())
         while self.receiving.next_event() is None:
             got = self.sock.recv_into(self.receiving.space())
