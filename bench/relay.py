@@ -1,6 +1,6 @@
-"""What sealing costs: the relays alone, and whole migrations sealed against QEMU's plain TCP.
+"""What sealing costs: the relays alone, without QEMU (whole migrations: migrate.py).
 
-    python bench/relay.py [--runs N] [--quick] [--only pair|migrate] [--json FILE]
+    python bench/relay.py [--runs N] [--quick] [--json FILE]
 
 Everything runs on this machine over loopback, and the paths that are compared take turns within one run, so that a slow
 minute hits all of them. `cpu_s_per_gb` is what to compare: wall time on a shared machine, with both hosts on it, is not
@@ -18,17 +18,13 @@ from pathlib import Path
 from types import FrameType
 
 from parts.measure import Row, Run, machine, row, table, write_json
-from parts.migration import Route, fill_with_random, frozen, migration_run
 from parts.pair import pair_run
 from parts.relays import Kind
 
 from sealift.channel.relay_spec import RECORD_BYTES
 
-# Memory is not a multiple of 256 KiB: under TCG, QEMU 7.2 loses writes of guests whose memory is one.
 _BYTES, _QUICK_BYTES = 2 << 30, 32 << 20
-_ODD = 8 << 10
 _STREAMS = (1, 4)
-_MEMORY_FILES = Path("/dev/shm")
 
 
 async def measure_pairs(options: argparse.Namespace) -> list[Row]:
@@ -47,36 +43,13 @@ async def measure_pairs(options: argparse.Namespace) -> list[Row]:
     return [row(*kinds[kind], channels, runs) for (kind, channels), runs in measured.items()]
 
 
-async def measure_migrations(options: argparse.Namespace) -> list[Row]:
-    """Whole migrations: one stream, and multifd."""
-    paths: tuple[Route, ...] = ("sealift", "qemu-plain")
-    measured: dict[tuple[Route, int], list[Run]] = {(path, n): [] for n in _STREAMS for path in paths}
-    size = (_QUICK_BYTES if options.quick else int(options.gib * 2**30)) - _ODD
-    record = await frozen(size)
-    with tempfile.TemporaryDirectory(prefix="slb-", dir=_MEMORY_FILES) as directory:
-        memory = Path(directory, "memory")
-        progress("filling the source's memory")
-        await asyncio.to_thread(fill_with_random, memory, size)
-        for number in range(options.runs):
-            for (path, streams), runs in measured.items():
-                progress(f"migration, {path}, {streams} streams, run {number + 1}")
-                multifd = streams if streams > 1 else 0
-                with tempfile.TemporaryDirectory(prefix="slb-") as root:
-                    runs.append(await migration_run(path, record, memory, multifd, Path(root)))
-    return [row("migration", path, streams, runs) for (path, streams), runs in measured.items()]
-
-
 def progress(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 async def measure(options: argparse.Namespace) -> None:
     described = await machine()
-    rows: list[Row] = []
-    if options.only != "migrate":
-        rows += await measure_pairs(options)
-    if options.only != "pair":
-        rows += await measure_migrations(options)
+    rows = await measure_pairs(options)
     for key, value in described.items():
         print(f"{key}: {value}")
     print(f"\n{table(rows)}")
@@ -88,9 +61,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, help="runs of which medians are taken (5, with --quick 1)")
     parser.add_argument("--quick", action="store_true", help="32 MiB instead of 2 GiB: only to see that it works")
-    parser.add_argument("--only", choices=["pair", "migrate"], help="the relays alone, or whole migrations")
-    parser.add_argument("--gib", type=float, default=_BYTES / 2**30, help="GiB pumped, or of memory, in each run")
-    parser.add_argument("--record-bytes", type=int, default=RECORD_BYTES, help="payload of a record, for the pair")
+    parser.add_argument("--gib", type=float, default=_BYTES / 2**30, help="GiB pumped in each run")
+    parser.add_argument("--record-bytes", type=int, default=RECORD_BYTES, help="payload of a record")
     parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
     options = parser.parse_args()
     if options.runs is None:

@@ -6,6 +6,7 @@ them. GB are 10^9 bytes of the stream, before sealing.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -13,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +32,94 @@ _CIPHER_S = 0.5
 
 @dataclass(frozen=True)
 class Run:
-    """One measured run. ``cpu`` is user and system time in seconds by role; what does not apply is None."""
+    """One measured run. What does not apply is None, or empty.
+
+    ``cpu`` is user and system time in seconds by role, ``peak_rss_mib`` the largest of the processes between the QEMUs
+    and ``peak_rss_mib_by`` that of each role. ``downtime_ms`` is QEMU's own figure, ``stop_to_resume_ms`` the time from
+    the source's STOP to the target's RESUME. ``others_cores`` is what everybody else on the machine used meanwhile.
+    """
 
     seconds: float
     gigabytes: float
     cpu: dict[str, float]
     peak_rss_mib: float | None
-    downtime_ms: int | None = None
+    downtime_ms: float | None = None
+    stop_to_resume_ms: float | None = None
+    peak_rss_mib_by: dict[str, float] = field(default_factory=dict)
+    others_cores: float | None = None
 
 
 class Processes:
-    """CPU time of several processes from the moment of construction on, by role; they must still be there when asked.
+    """CPU time of several processes and their children from construction on, by role; they must still be there.
 
+    The threads in which a QEMU runs its guest are left out: what the guest does with its time is not the migration's.
     The kernel counts in ticks of 10 ms, so runs of less than about a second of CPU time say little.
     """
 
     def __init__(self, roles: Mapping[str, int]) -> None:
         self._roles = dict(roles)
-        self._before = {role: _cpu_seconds(pid) for role, pid in self._roles.items()}
+        self._began = time.monotonic()
+        self._busy = _machine_seconds()
+        self._before = {role: _role_seconds(pid) for role, pid in self._roles.items()}
+        self._own = time.process_time()
 
     def cpu(self) -> dict[str, float]:
-        return {role: _cpu_seconds(pid) - self._before[role] for role, pid in self._roles.items()}
+        now = {role: _role_seconds(pid) for role, pid in self._roles.items()}
+        return {role: spent.counted - self._before[role].counted for role, spent in now.items()}
+
+    def others_cores(self) -> float:
+        """Cores that were busy, or taken away by the hypervisor, with what is neither these processes nor this one."""
+        ours = time.process_time() - self._own
+        for role, pid in self._roles.items():
+            now, before = _role_seconds(pid), self._before[role]
+            ours += now.counted - before.counted + now.guest - before.guest
+        return max(0.0, _machine_seconds() - self._busy - ours) / (time.monotonic() - self._began)
 
 
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+@dataclass(frozen=True)
+class _Spent:
+    counted: float
+    guest: float
+
+
+def _role_seconds(pid: int) -> _Spent:
+    """What a process, its children and theirs have used, in seconds, and apart from it their guests' threads."""
+    counted, guest = 0, 0
+    for member in _family(pid):
+        counted += sum(_stat(f"/proc/{member}/stat")[11:15])  # its own and its ended children's
+        for thread in Path(f"/proc/{member}/task").iterdir():
+            if (thread / "comm").read_text().startswith("CPU "):
+                guest += sum(_stat(f"{thread}/stat")[11:13])
+    tick = os.sysconf("SC_CLK_TCK")
+    return _Spent((counted - guest) / tick, guest / tick)
+
+
+def _machine_seconds() -> float:
+    """What all processors of the machine have been busy for: user, nice, system, irq, softirq, steal."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(path: str) -> list[int]:
+    """The fields of a process or thread from its state on (which is given as 0), as proc(5) numbers them from 3."""
+    return [0, *map(int, Path(path).read_text().rpartition(")")[2].split()[1:])]
+
+
+def _family(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                children.setdefault(_stat(f"{entry}/stat")[1], []).append(int(entry.name))
+    family = [pid]
+    for member in family:
+        family += children.get(member, [])
+    return family
+
+
+def peak_rss_mib_of_family(pid: int) -> float:
+    """The most memory that the process, or one of its children, had resident so far, in MiB."""
+    return max(peak_rss_mib(member) for member in _family(pid))
 
 
 def peak_rss_mib(pid: int) -> float:
@@ -84,11 +147,19 @@ def row(name: str, path: str, channels: int, runs: Sequence[Run]) -> Row:
         "cpu_s_per_gb": median([sum(run.cpu.values()) / run.gigabytes for run in runs]),
         "cpu_s_per_gb_by": {role: median([run.cpu[role] / run.gigabytes for run in runs]) for role in runs[0].cpu},
         "downtime_ms": median([run.downtime_ms for run in runs]),
+        "stop_to_resume_ms": median([run.stop_to_resume_ms for run in runs]),
         "peak_rss_mib": median([run.peak_rss_mib for run in runs]),
+        "peak_rss_mib_by": {
+            role: median([run.peak_rss_mib_by[role] for run in runs]) for role in runs[0].peak_rss_mib_by
+        },
+        "others_cores": median([run.others_cores for run in runs]),
     }
 
 
-_ROLES = ("relay_source", "relay_target", "qemu_source", "qemu_target")
+def side(by: Mapping[str, float], end: str, *, qemu: bool) -> float | None:
+    """Of figures by role, that of QEMU, or of what stands before it, at ``end`` (``source`` or ``target``)."""
+    found = [by[role] for role in by if role.endswith(f"_{end}") and (role == f"qemu_{end}") is qemu]
+    return found[0] if found else None
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -97,14 +168,15 @@ def table(rows: Sequence[Row]) -> str:
     def cell(value: float | None, places: int) -> str:
         return "-" if value is None else f"{value:.{places}f}"
 
-    titles = ["", "path", "channels", "s", "GB/s", "all", *(role.replace("_", " ") for role in _ROLES)]
-    lines = [[*titles, "downtime ms", "RSS MiB"]]
+    titles = ["", "path", "channels", "s", "GB/s", "all", "source", "target", "source QEMU", "target QEMU"]
+    lines = [[*titles, "downtime ms", "STOP-RESUME ms", "RSS MiB"]]
     for line in rows:
         by = line["cpu_s_per_gb_by"]
         lines.append(
             [line["name"], line["path"], str(line["channels"]), cell(line["seconds"], 2), cell(line["gb_per_s"], 2)]
-            + [cell(value, 3) for value in (line["cpu_s_per_gb"], *(by.get(role) for role in _ROLES))]
-            + [cell(line["downtime_ms"], 0), cell(line["peak_rss_mib"], 1)]
+            + [cell(line["cpu_s_per_gb"], 3)]
+            + [cell(side(by, end, qemu=qemu), 3) for qemu in (False, True) for end in ("source", "target")]
+            + [cell(line["downtime_ms"], 0), cell(line["stop_to_resume_ms"], 0), cell(line["peak_rss_mib"], 1)]
         )
     widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
     rendered = [
@@ -113,7 +185,12 @@ def table(rows: Sequence[Row]) -> str:
         )
         for line in lines
     ]
-    return "\n".join([*rendered, "medians; from `all` to `qemu target`: CPU-seconds per GB"])
+    return "\n".join(
+        [
+            *rendered,
+            "medians; from `all` to `target QEMU`: CPU-seconds per GB; source, target: what stands between the QEMUs",
+        ]
+    )
 
 
 async def machine() -> dict[str, Any]:

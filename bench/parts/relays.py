@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from parts.ends import LOOPBACK, Ends
 from sealift.channel.doorman import door_path
 from sealift.channel.protocol import CHANNEL_VERSION, KEY_BYTES, NONCE_BYTES, ROUTE_BYTES, ChannelSpec, Plan
 from sealift.channel.relay_client import RelayClient, start_doorman, start_relay
@@ -60,7 +61,14 @@ class Pair:
 
 @contextlib.asynccontextmanager
 async def connected_pair(
-    kind: Kind, root: Path, channels: int, *, source_pid: int, target_pid: int, record_bytes: int = RECORD_BYTES
+    kind: Kind,
+    root: Path,
+    channels: int,
+    *,
+    source_pid: int,
+    target_pid: int,
+    record_bytes: int = RECORD_BYTES,
+    ends: Ends = LOOPBACK,
 ) -> AsyncIterator[Pair]:
     """Start doorman and both relays under ``root`` and wait until they know each other; ended on the way out.
 
@@ -71,7 +79,8 @@ async def connected_pair(
     try:
         for directory in (doors, root / "out", root / "in"):
             directory.mkdir(mode=0o700)
-        pid, port = await start_doorman("127.0.0.1:0", str(doors), str(root / "lock"), log)
+        with ends.target.inside():
+            pid, port = await start_doorman(f"{ends.target.address}:0", str(doors), str(root / "lock"), log)
         processes.append(ProcessRef.of(pid))
         sealed, limits = kind == "relay", ChannelLimits()
         spec = ChannelSpec(
@@ -87,25 +96,31 @@ async def connected_pair(
             limits.rekey_bytes,
         )
         secret = secrets.token_bytes(KEY_BYTES + NONCE_BYTES if sealed else ROUTE_BYTES)
-        ends = (
+        specs = (
             RelaySpec(
                 "target",
                 spec,
                 str(root / "in"),
                 target_pid,
                 door=door_path(str(doors), spec.attempt if sealed else secret),
-                source_address="" if sealed else "127.0.0.1",
+                source_address="" if sealed else ends.source.address,
                 record_bytes=record_bytes,
             ),
             RelaySpec(
-                "source", spec, str(root / "out"), source_pid, target=f"127.0.0.1:{port}", record_bytes=record_bytes
+                "source",
+                spec,
+                str(root / "out"),
+                source_pid,
+                target=f"{ends.target.address}:{port}",
+                record_bytes=record_bytes,
             ),
         )
         sides = []
-        for end in ends:
-            pid = await start_relay(kind, end, secret, log)
+        for half, end in zip(specs, (ends.target, ends.source), strict=True):
+            with end.inside():
+                pid = await start_relay(kind, half, secret, log)
             processes.append(ProcessRef.of(pid))
-            sides.append(Side(pid, Path(end.directory), await RelayClient.connect(end.directory)))
+            sides.append(Side(pid, Path(half.directory), await RelayClient.connect(half.directory)))
         target, source = sides
         await source.until("connected")
         await target.until("connected")
