@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sealift.channel.control_frames import FrameReader, encode_frame
+from sealift.channel.control_frames import MAX_DEPTH, FrameReader, encode_frame
 from sealift.channel.control_link import MAX_MESSAGES, ControlLink, Outbox
 from sealift.channel.ledger import Ledger
 from sealift.channel.liveness import Beat, Liveness, PeerClock
@@ -63,14 +63,32 @@ def test_longest_frame_is_allowed_and_one_more_byte_is_not() -> None:
         encode_frame({"type": "X", "t": "x" * (room + 1)})
 
 
-@pytest.mark.parametrize("message", [{}, {"type": 1}, {"type": "X", "bad": object()}])
+def nested(depth: int) -> dict:
+    """A message that nests so deep."""
+    inner: object = []
+    for _ in range(depth - 2):
+        inner = [inner]
+    return {"type": "X", "deep": inner}
+
+
+@pytest.mark.parametrize("message", [{}, {"type": 1}, {"type": "X", "bad": object()}, nested(MAX_DEPTH + 1)])
 def test_what_is_no_message_is_not_sent(message: dict) -> None:
     with pytest.raises(InvalidInput):
         encode_frame(message)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"type":1}', b"\xff\xff", b"[" * 4000, b'{"type":"X"'])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[]", b"{}", b'{"type":1}', b"\xff\xff", b"[" * 4000, b'{"type":"X"', json.dumps(nested(900)).encode()],
+)
 def test_what_is_no_message_is_not_taken(text: bytes) -> None:
+    with pytest.raises(RecordUnexpected):
+        FrameReader().feed(len(text).to_bytes(2, "big") + text)
+
+
+def test_the_deepest_message_is_taken_and_one_deeper_is_not() -> None:
+    assert FrameReader().feed(encode_frame(nested(MAX_DEPTH))) == [nested(MAX_DEPTH)]
+    text = json.dumps(nested(MAX_DEPTH + 1)).encode()
     with pytest.raises(RecordUnexpected):
         FrameReader().feed(len(text).to_bytes(2, "big") + text)
 

@@ -108,6 +108,9 @@ def test_the_example_of_the_documentation_is_read() -> None:
         ('name = "a"\nvcpus = 1\nmemory = "16388KiB"', "memory"),
         ('name = "../a"\nvcpus = 1\nmemory = "512MiB"', "name"),
         ("name = ", "TOML"),
+        ("a = " + "[" * 2000, "nests too deep"),
+        ("vcpus = " + "9" * 5000, "too long a number"),
+        (LEAST.replace("2", "0x" + "f" * 4000, 1), "vcpus"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, named: str) -> None:

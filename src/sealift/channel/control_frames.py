@@ -1,7 +1,7 @@
 """Control messages as a byte stream: the content of channel 0 of a move.
 
     offset  0           2
-            | length u16 | JSON object of that many bytes, UTF-8, with a text member "type" |
+            | length u16 | JSON object of that many bytes, UTF-8, with a text member "type", nested at most 8 deep |
 
 In a sealed move these bytes are the payload of DATA records; in a plain move they are what is on the wire.
 """
@@ -17,13 +17,19 @@ from sealift.errors import InvalidInput, RecordUnexpected
 
 Message = dict[str, Any]
 
+MAX_DEPTH: Final = 8
+"""How deep a message may nest, itself counted. Python reads deeper JSON than it can write again, so a message at the
+limit of the interpreter would be taken here and then break whoever hands it on."""
+
 _LENGTH: Final = struct.Struct(">H")
 
 
 def encode_frame(message: Message) -> bytes:
-    """One message as it is sent; raises InvalidInput if it has no type or is too long."""
+    """One message as it is sent; raises InvalidInput if it has no type, is too long or nests too deep."""
     if not isinstance(message.get("type"), str):
         raise InvalidInput("a control message needs a type")
+    if not _is_flat(message, MAX_DEPTH):
+        raise InvalidInput(f"a control message nests deeper than {MAX_DEPTH}")
     try:
         text = json.dumps(message, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError):
@@ -65,6 +71,15 @@ def _parse(text: bytes) -> Message:
         message = json.loads(text)
     except (ValueError, RecursionError):
         message = None
-    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
-        raise RecordUnexpected("the peer sent a control message that is not a JSON object with a type")
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str) or not _is_flat(message, MAX_DEPTH):
+        raise RecordUnexpected("the peer sent a control message that is not a shallow JSON object with a type")
     return message
+
+
+def _is_flat(value: object, depth: int) -> bool:
+    """Whether ``value`` nests at most ``depth`` deep."""
+    if isinstance(value, dict):
+        return depth > 0 and all(_is_flat(each, depth - 1) for each in value.values())
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_flat(each, depth - 1) for each in value)
+    return True

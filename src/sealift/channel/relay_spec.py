@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, get_type_hints
 
 from sealift.channel.protocol import KEY_BYTES, NONCE_BYTES, ROUTE_BYTES, ChannelSpec, Plan
 from sealift.errors import InvalidInput
@@ -27,6 +27,7 @@ SWITCHOVER_TIMEOUT_S: Final = 5.0
 SECRET_BYTES: Final = {Plan.SEALED: KEY_BYTES + NONCE_BYTES, Plan.PLAIN: ROUTE_BYTES}
 _MAX_JSON: Final = 64 << 10
 _LENGTH: Final = struct.Struct(">I")
+_JSON_TYPES: Final = {str: (str,), int: (int,), float: (int, float)}
 
 Role = Literal["source", "target"]
 Phase = Literal["running", "switchover", "committed"]
@@ -143,11 +144,25 @@ def _parse(text: bytes) -> RelaySpec:
         attempt, subject, source, target = (bytes.fromhex(inner.pop(name)) for name in names)
         channel = ChannelSpec(attempt, subject, source, target, Plan(inner.pop("plan")), **inner)
         spec = RelaySpec(spec=channel, **public)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _malformed() from None
+    if not _is_typed(channel) or not _is_typed(spec):
+        raise _malformed()
     if spec.role not in ("source", "target") or not 1024 <= spec.record_bytes <= 1 << 20:
         raise _malformed()
     return spec
+
+
+def _is_typed(value: ChannelSpec | RelaySpec) -> bool:
+    """Whether texts are texts, integers integers, and seconds numbers from 0 on."""
+    hints = get_type_hints(type(value))
+    for field in fields(value):
+        kind, found = hints[field.name], getattr(value, field.name)
+        if kind in _JSON_TYPES and type(found) not in _JSON_TYPES[kind]:
+            return False
+        if kind is float and not found >= 0:  # NaN is not
+            return False
+    return True
 
 
 def _malformed() -> InvalidInput:

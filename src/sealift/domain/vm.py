@@ -77,7 +77,8 @@ class VmConfig:
     def __post_init__(self) -> None:
         check_name("VM", self.name)
         if not 1 <= self.vcpus <= 512:
-            raise InvalidInput(f"VM {self.name}: vcpus is {self.vcpus}", todo="give 1 to 512")
+            # Not quoted: Python refuses to write a number of more than 4300 digits.
+            raise InvalidInput(f"VM {self.name}: the number of vcpus is out of range", todo="give 1 to 512")
         if self.memory_bytes < 16 << 20 or self.memory_bytes % 8192:
             raise InvalidInput(
                 f"VM {self.name}: memory is {self.memory_bytes} bytes", todo="give 16 MiB or more, a multiple of 8 KiB"

@@ -93,6 +93,9 @@ def parse_vm_toml(text: str, *, new_uuid: UUID, mac: str) -> VmConfig:
         top = _Table("", tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"the VM file is not TOML: {error}") from None
+    except (ValueError, RecursionError):
+        # Python's own limits, which its TOML reader lets through: digits of a number, and nesting.
+        raise InvalidInput("the VM file has too long a number, or nests too deep") from None
 
     uuid = new_uuid
     if given := top.text("uuid", ""):
