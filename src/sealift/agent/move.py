@@ -13,6 +13,7 @@ import structlog
 
 from sealift.agent.commitlog import CommitLog
 from sealift.agent.journal import Journal, MoveRow
+from sealift.agent.relays import relay_log
 from sealift.agent.settings import AgentSettings
 from sealift.agent.vms import Vms
 from sealift.agent.watch import Watch
@@ -25,11 +26,6 @@ from sealift.hypervisor.base import Vm
 log = structlog.get_logger()
 
 _FOLDED_BYTES = 2000
-
-
-def relay_log(directory: Path, order: MoveOrder, role: Role) -> Path:
-    """Where one relay's complaints go while it lives."""
-    return directory / f"{order.attempt}-{role.value}.log"
 
 
 @dataclass

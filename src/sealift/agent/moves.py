@@ -12,17 +12,18 @@ from uuid import UUID
 import structlog
 
 from sealift.agent.commitlog import CommitLog, Mark
-from sealift.agent.handover import handover, put_away
+from sealift.agent.handover import put_away
 from sealift.agent.journal import Journal, MoveRow, aborted_unseen, unfinished
-from sealift.agent.move import Move, Parts, marked, relay_log
+from sealift.agent.move import Move, Parts, marked
 from sealift.agent.recovery import answered, ended, without_qemu
+from sealift.agent.relays import Relays, relay_log
 from sealift.agent.settings import AgentSettings
 from sealift.agent.source import SourceMove
 from sealift.agent.target import TargetMove
 from sealift.agent.vms import Vms
 from sealift.channel.doorman import remove_dead_doors
 from sealift.channel.protocol import CHANNEL_VERSION
-from sealift.channel.relay_client import RelayClient, start_relay
+from sealift.channel.relay_client import RelayClient
 from sealift.domain.move import MOVE_FINAL, Answer, MoveOrder, MoveSecret, MoveState, MoveStatus, Role
 from sealift.domain.vm import VmState
 from sealift.errors import (
@@ -52,6 +53,7 @@ class Moves:
     ) -> None:
         self._settings, self._host, self._journal = settings, host, journal
         self._hypervisor, self._vms, self._can_seal = hypervisor, vms, can_seal
+        self.relays = Relays(settings)
         self._moves: dict[UUID, Move] = {}
         self._ended: dict[UUID, MoveStatus] = {}
         self._tasks: dict[UUID, asyncio.Task[None]] = {}
@@ -156,6 +158,7 @@ class Moves:
 
     async def _undone(self, row: MoveRow, vm: Vm | None, error: Exception) -> Exception:
         """Leave nothing of an attempt that could not begin; answers what to say."""
+        self.relays.prepare()
         if vm is not None:
             await vm.kill()
         await RelayClient(str(row.directory)).close()
@@ -173,11 +176,7 @@ class Moves:
         return CommitLog(self._vms.commits(order.vm), role, order.attempt, order.fence)
 
     async def _start_relay(self, row: MoveRow, secret: MoveSecret, vm: Vm) -> RelayClient:
-        self._settings.relay_logs.mkdir(exist_ok=True, mode=0o700)
-        kind, spec, raw = await handover(self._settings, row, secret, vm.process.pid)
-        log_path = relay_log(self._settings.relay_logs, row.order, row.status.role)
-        await start_relay(kind, spec, raw, str(log_path))
-        return await RelayClient.connect(str(row.directory))
+        return await self.relays.start(row, secret, vm.process.pid)
 
     def _parts(self, row: MoveRow, vm: Vm, relay: RelayClient | None, commits: CommitLog, *, recovered: bool) -> Parts:
         return Parts(row, vm, relay, commits, self._journal, self._vms, self._settings, recovered)
@@ -206,6 +205,7 @@ class Moves:
         finally:
             if move.status.state in MOVE_FINAL:
                 self._vms.busy.discard(move.order.vm)
+            self.relays.prepare()
 
     # questions and further orders
 
@@ -369,6 +369,7 @@ class Moves:
 
     async def close(self) -> None:
         """Stop driving; QEMUs and relays go on, and the next agent takes them up."""
+        self.relays.close()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)

@@ -33,20 +33,37 @@ async def start_relay(
     relay, 16 (token) for a splice. Raises what the process reports, or RelayGone if it ends without a word or is not
     ready within ten seconds; it is dead then.
     """
-    ours, theirs = socket.socketpair()
-    with ours:
+    return await PreparedRelay(kind, log_path).begin(spec, secret)
+
+
+class PreparedRelay:
+    """The process of a relay or splice that has no move yet, and ends without one when whoever started it ends.
+
+    Loading its code takes longer than everything else at the start of a move, and can be done before.
+    """
+
+    def __init__(self, kind: Literal["relay", "splice"], log_path: str) -> None:
+        self._ours, theirs = socket.socketpair()
+        self._ours.setblocking(False)
         with theirs:
-            pid = spawn_detached(f"sealift.entry.{kind}", ["--spec-fd", str(_SPEC_FD)], theirs.fileno(), log_path)
-        reap_when_ended(pid)
-        ours.setblocking(False)
-        try:
-            async with asyncio.timeout(_START_S):
-                await _hand_over(ours, spec, secret)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            raise
-    return pid
+            self.pid = spawn_detached(f"sealift.entry.{kind}", ["--spec-fd", str(_SPEC_FD)], theirs.fileno(), log_path)
+        reap_when_ended(self.pid)
+
+    async def begin(self, spec: RelaySpec, secret: bytes | bytearray) -> int:
+        """Hand over its specification, once; see ``start_relay``."""
+        with self._ours:
+            try:
+                async with asyncio.timeout(_START_S):
+                    await _hand_over(self._ours, spec, secret)
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
+                raise
+        return self.pid
+
+    def discard(self) -> None:
+        """It is not needed; it ends by itself."""
+        self._ours.close()
 
 
 async def start_doorman(listen: str, doors: str, lock: str, log_path: str) -> tuple[int, int]:

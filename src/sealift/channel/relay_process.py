@@ -25,6 +25,8 @@ def run(spec_fd: int, opener: Opener) -> int:
     threading.stack_size(_STACK_BYTES)
     events = EventList()
     with socket.socket(fileno=spec_fd) as handover:
+        if not handover.recv(1, socket.MSG_PEEK):  # it may come much later: an agent starts a relay before it needs one
+            return 0
         handover.settimeout(10.0)
         move: Move | None = None
         try:

@@ -88,6 +88,8 @@ async def _agent(settings: AgentSettings, identity: Identity) -> AsyncIterator[A
     try:
         await vms.adopt()
         await moves.recover()
+        if not cipher.refusal:
+            moves.relays.keep_one()
         yield Agent(settings, identity, cipher, hypervisor, journal, vms, moves)
     finally:
         await moves.close()
