@@ -92,16 +92,21 @@ def test_a_source_qemu_that_dies_before_it_let_go_is_crashed_at_the_source(guest
     assert guest.copies() == [source.name]
 
 
-@pytest.mark.parametrize("side", ["source", "target"])
-def test_an_agent_killed_in_precopy_finds_its_move_again(guest: Guest, side: str) -> None:
+@pytest.mark.parametrize("sides", [["source"], ["target"], ["source", "target"]], ids="-".join)
+def test_an_agent_killed_in_precopy_finds_its_move_and_its_relay_again(guest: Guest, sides: list[str]) -> None:
     source, target = guest.host, guest.other()
     ident = guest.begin(target, "--bandwidth", SLOW)
-    killed = source if side == "source" else target
-    guest.cluster.kill_agent(killed, signal.SIGKILL)
+    relays = [*relay_pids(source), *relay_pids(target)]
+    killed = [source if side == "source" else target for side in sides]
+    for host in killed:
+        guest.cluster.kill_agent(host, signal.SIGKILL)
     assert guest.ticks()
-    guest.cluster.start_agent(killed)
+    for host in killed:
+        guest.cluster.start_agent(host)
+    assert [*relay_pids(source), *relay_pids(target)] == relays
     record = guest.wait(ident)
     assert record["state"] == "done", record["error"]
+    assert (record["protection"], record["reconnects"]) == ("sealed", 0)
     assert guest.copies() == [target.name]
     assert guest.nothing_left(source)
     assert guest.unharmed()
