@@ -57,22 +57,19 @@ def seeds() -> dict[str, dict[str, bytes]]:
                 [0, 0, 0, 0, 0, 3, 1, 3, 3, 0, 3, 2, 0, 40, 0, 3, 3, 3, 0, 3, 4, 0, 3, 5, 0, 0, 0, 0, 3]
             ),
             "a-new-key-for-each": bytes([1, 0, 0, *[2, 0, 9, 0, 3] * 5]),
+            "a-new-key-after-three": bytes([1, 2, 255, *[2, 0, 9, 0, 3] * 7]),
             "flipped-tag": bytes([0, 2, 0, 0, 0, 0, 20, 1, 2, 0, 0, 0, 3]),
         },
         "receive_half": _connections(),
         "receive_raw": _raw(),
-        "ledger": {
-            "filled-sent-acknowledged": bytes([0, 0, 78, 32, 0, 78, 32, 3, 3, 5, 1, 78, 32]),
-            "full": bytes([0, 0, 78, 32, *[0, 78, 32] * 8]),
-            "ended": bytes([0, 0, 78, 32, 0, 0, 9, 3, 2, 3, 3, 5, 1, 0, 10]),
-            "resumed": bytes([0, 0, 78, 32, 0, 78, 32, 3, 3, 6, 1, 1, 39, 16, 1, 0, 3]),
-            "offset-too-high": bytes([0, 0, 78, 32, 0, 78, 32, 3, 5, 0, 2]),
-            "heard": bytes([0, 0, 78, 32, 7, 3, 232, 8, 3, 232, 1, 9]),
-        },
+        "ledger": _ledgers(),
         "resume": {
             "both-ways": bytes([1, 0, 35, 40, 0, 3, 35, 40, 1, 3, 35, 40, 1, 2, 0, 3, 35, 40, 0, 4, 1, 3, 35, 40]),
             "cut-in-flight": bytes([1, 0, 35, 40, 0, 3, 35, 40, 1, 3, 35, 40, 1, 2, 1, 2, 0, 3, 20, 0, 0, 6]),
             "flipped-in-flight": bytes([1, 0, 35, 40, 0, 3, 35, 40, 1, 3, 35, 40, 1, 2, 1, 7, 99, 3, 0, 3, 35, 40]),
+            "acknowledgement-lost": bytes(
+                [1, 0, 35, 40, 0, 3, 35, 40, 1, 3, 35, 40, 1, 2, 0, 3, 35, 40, 0, 4, 0, 6, 0, 3, 35, 40, 1, 3, 35, 40]
+            ),
             "end-lost": bytes([1, 0, 35, 40, 0, 3, 35, 40, 1, 3, 35, 40, 1, 5, 3, 1, 2, 1, 2, 0, 3, 35, 40, 0, 6]),
         },
         "relay_spec": {
@@ -104,6 +101,31 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "damaged-in-the-middle": bytes([1, 3, 3, 0, 0, 1, 3, 0, 9, 9, 0, 4, 0, 0, 1, 0, 5, 0, 0, 1, 0]),
         },
     }
+
+
+def _ledgers() -> dict[str, bytes]:
+    start, fill = bytes([0, 78, 32]), bytes([0, 78, 32])  # 64 KiB in blocks of 16, filled a block at a time
+    sent, end = fill * 2 + b"\x03\x03", b"\x02\x03"
+
+    def meet(wants: bytes, keeps: bytes = b"\x01\x00") -> bytes:
+        return b"\x06\x01" + wants + keeps
+
+    inputs = {
+        "filled-sent-acknowledged": sent + b"\x05\x01\x78\x20",
+        "full": fill * 9,
+        "ended": fill + end + b"\x03\x03\x05\x01\x40\x01",
+        "nothing-but-the-end": end + b"\x03\x05\x01\x01",
+        "resumed-in-an-earlier-block": sent + meet(b"\x01\x27\x10") + b"\x03\x03",
+        "resumed-behind-the-end": fill + end + b"\x03\x03" + meet(b"\x01\x40\x01"),
+        "resumed-too-far": sent + meet(b"\x00\x02"),
+        "resumed-where-nothing-is-kept": sent + meet(b"\x01\x00\x00", b"\x00\x02"),
+        "acknowledged-beyond-what-was-sent": sent + b"\x05\x00\x02",
+        "acknowledged-beyond-this-connection": sent + meet(b"\x01\x00\x00") + b"\x05\x00\x02",
+        "acknowledged-less-than-before": sent + b"\x05\x01\x78\x20\x05\x00\x01",
+        "opened-again": fill + b"\x03\x05\x01\x00\x09\x06\x00",
+        "heard": b"\x07\x03\xe8\x08\x03\xe8\x01\x09",
+    }
+    return {name: start + content for name, content in inputs.items()}
 
 
 def _prefaces() -> dict[str, bytes]:
@@ -165,6 +187,8 @@ def _connections() -> dict[str, bytes]:
         ),
         "cut": stream(resumed + page + end, 3, tail=b"\x03\x01\x40"),
         "flipped": stream(resumed + page + end, 3, tail=b"\x03\x00\x64\x01"),
+        "opened-with-something-kept": stream(bytes([3, 0, 0, 3, 0]), 1),
+        "part-of-a-header-behind-the-end": stream(resumed + end, 2, tail=b"\x00\x04\x00\x00"),
         "more-behind-the-end": stream(resumed + end, 2, tail=b"\x00" + bytes(30)),
     }
 

@@ -105,6 +105,7 @@ def _meet(book: Ledger, choices: Choices, before: tuple[int, ...]) -> None:
         assert acked <= wants <= sent
         assert keeps <= expected
         assert book.out.cursor == wants
+        assert book.out.ended_and_acked == (wants > book.out.filled)
         unsent = book.out.unsent()
         assert bytes(unsent) == _stream(wants, wants + len(unsent))
 
@@ -225,19 +226,29 @@ def resume(data: bytes) -> None:
         _exact(source, target)
     broken = False
     connect()
+    _settle(source, target)
     for end in (source, target):
+        assert end.book.out.acked == end.book.out.filled + end.book.out.ended
         end.book.out.end()
-    ends = ((source, target), (target, source))
-    while not all(end.book.out.ended_and_acked for end, _ in ends):
-        for end, other in ends:
-            hear(end, other, 1 << 30)
+    _settle(source, target)
+    assert source.book.out.ended_and_acked
+    assert target.book.out.ended_and_acked
+    _exact(source, target)
+    assert target.got == source.book.out.filled
+    assert source.got == target.book.out.filled
+
+
+def _settle(source: _End, target: _End) -> None:
+    """Let both say and hear everything, on a link that holds."""
+    while True:
+        for end, other in ((source, target), (target, source)):
+            end.hear(other, 1 << 30)
             if end.met:
                 end.push()
                 if end.book.into.owes_ack:
                     end.flight += end.sending.ack(end.book.into.ack())
-    _exact(source, target)
-    assert target.got == source.book.out.filled
-    assert source.got == target.book.out.filled
+        if not source.flight and not target.flight:
+            return
 
 
 def _exact(source: _End, target: _End) -> None:

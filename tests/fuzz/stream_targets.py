@@ -62,7 +62,7 @@ def records(data: bytes) -> None:
     limits = _limits(choices)
     key, nonce = secret(_KEY), secret(NONCE)
     sealer, opener, again = (kind(key, nonce, limits) for kind in (RecordSealer, RecordOpener, RecordSealer))
-    spent = False
+    spent, since = False, [0, 0, 0]
     while not choices.over:
         kind = choices.one_of(tuple(RecordType))
         payload = _payload(kind, choices)
@@ -87,12 +87,31 @@ def records(data: bytes) -> None:
             spent = True
             assert out[header.length :] == b"\xa5" * 3
             assert not any(out[: header.length]) or out[: header.length] == b"\xa5" * header.length
+            assert _refuses(opener, kind, genuine)
         else:
             assert not spent
             assert whole == genuine
             assert out == payload + b"\xa5" * 3
             assert _seal(again, header.type, bytes(out[:opened])) == whole
-            assert (opener.records, opener.rekeys) == (again.records, again.rekeys)
+            assert opener.rekeys == _rekeys(since, limits, opened)
+
+
+def _refuses(opener: RecordOpener, kind: RecordType, genuine: bytes) -> bool:
+    """Whether an opener that met a forgery does not even take the record that it waited for."""
+    length = len(genuine) - RECORD_OVERHEAD
+    try:
+        opener.open_into((kind, length), memoryview(genuine)[HEADER_BYTES:], memoryview(bytearray(length)))
+    except RecordForged:
+        return True
+    return False
+
+
+def _rekeys(since: list[int], limits: RekeyLimits, length: int) -> int:
+    """Section 7 of channel.md once more; ``since`` has the records and bytes under this key, and the changes so far."""
+    since[:2] = since[0] + 1, since[1] + length
+    if since[0] >= limits.records or since[1] >= limits.bytes:
+        since[:] = 0, 0, since[2] + 1
+    return since[2]
 
 
 class _Rules:
