@@ -2,8 +2,9 @@
 
 Every target gets an equal share of the seconds, in a process of its own. It begins with the kept corpus and with what
 earlier runs found, which lies in the cache directory. An input that breaks a promise is written to the findings there
-and ends its target; replay it with ``python tests/fuzz/run.py TARGET --replay FILE``. ``--keep`` afterwards reduces
-what was found to the inputs that reach something new, and adds those to the kept corpus.
+and ends its target; replay it with ``python tests/fuzz/run.py TARGET --replay FILE``. ``--keep`` afterwards adds the
+found inputs to the kept corpus in which lines of Sealift follow each other as in no kept one. (libFuzzer can reduce a
+corpus too, but it starts itself anew for that, which this program cannot be.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 import atheris
 
@@ -120,19 +122,38 @@ def _summary(said: str) -> str:
 
 
 def _keep(target: Target, found: Path) -> int:
-    """Add the smallest set of found inputs that reaches what the kept corpus does not."""
-    with tempfile.TemporaryDirectory() as scratch:
-        merged = Path(scratch)
-        for path in target.corpus.iterdir():
-            (merged / path.name).write_bytes(path.read_bytes())
-        known = {path.name for path in merged.iterdir()}
-        arguments = ["-merge=1", f"-max_len={_KEPT_BYTES}", str(merged), str(found)]
-        _in_process(lambda: _fuzz(target, arguments))
-        new = [path for path in merged.iterdir() if path.name not in known]
-        for path in new:
-            data = path.read_bytes()
-            (target.corpus / f"found-{hashlib.sha256(data).hexdigest()[:8]}").write_bytes(data)
-        return len(new)
+    """Add the fewest and shortest found inputs that reach what the kept corpus does not; how many those are."""
+    reached = set().union(*(_steps(target, path.read_bytes()) for path in target.corpus.iterdir()))
+    new = {path.read_bytes() for path in found.iterdir() if path.stat().st_size <= _KEPT_BYTES}
+    gains = {data: _steps(target, data) - reached for data in new}
+    kept = 0
+    while any(gains.values()):
+        best = max(gains, key=lambda data: (len(gains[data]), -len(data), data))
+        (target.corpus / f"found-{hashlib.sha256(best).hexdigest()[:8]}").write_bytes(best)
+        reached, kept = gains.pop(best), kept + 1
+        gains = {data: steps - reached for data, steps in gains.items()}
+    return kept
+
+
+def _steps(target: Target, data: bytes) -> set[tuple[str, int, int]]:
+    """Which lines of Sealift followed which while an input was run."""
+    steps: set[tuple[str, int, int]] = set()
+    last: dict[FrameType, int] = {}
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        if "/sealift/" not in frame.f_code.co_filename:
+            return None
+        steps.add((frame.f_code.co_filename, last.get(frame, 0), frame.f_lineno))
+        last[frame] = frame.f_lineno
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        target.check(data)
+    finally:
+        sys.settrace(before)
+    return steps
 
 
 if __name__ == "__main__":
