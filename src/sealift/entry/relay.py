@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from sealift.channel.relay import open_relay
+from sealift.channel.relay import open_relay, rehearse
 from sealift.channel.relay_process import run
 from sealift.process import forbid_dumps, lock_memory
 
@@ -17,7 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     lock_memory()
     parser = argparse.ArgumentParser(prog="sealift-relay", description="One side of one move; started by the agent.")
     parser.add_argument("--spec-fd", type=int, required=True, help="inherited socket that hands the specification over")
-    return run(parser.parse_args(arguments).spec_fd, open_relay)
+    spec_fd = parser.parse_args(arguments).spec_fd
+    rehearse()
+    return run(spec_fd, open_relay)
 
 
 if __name__ == "__main__":
