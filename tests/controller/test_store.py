@@ -69,6 +69,34 @@ def test_the_revisions_make_what_the_models_say(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_record_of_before_gets_the_patience_that_held_then(tmp_path: Path) -> None:
+    def upgrade(connection: Connection) -> None:
+        command.upgrade(alembic_config(connection), "0001")
+        columns = inspect(connection).get_columns("migrations")
+        values = {
+            column["name"]: "[]" if column["name"] in ("phases", "findings") else uuid4().hex
+            for column in columns
+            if not column["nullable"]
+        }
+        names = ", ".join(values)
+        connection.execute(
+            text(f"INSERT INTO migrations ({names}) VALUES ({', '.join(':' + name for name in values)})"), values
+        )
+        command.upgrade(alembic_config(connection), "head")
+
+    async def main() -> None:
+        store = Store(tmp_path / "db")
+        async with store._engine.begin() as connection:
+            await connection.run_sync(upgrade)
+        columns = "give_up_ms, switchover_timeout_ms, outages, reconnects, timeline"
+        async with store.transaction() as session:
+            row = (await session.execute(text(f"SELECT {columns} FROM migrations"))).one()
+        assert tuple(row) == (60_000, 5_000, 0, 0, "[]")
+        await store.close()
+
+    asyncio.run(main())
+
+
 def test_the_file_is_ours_alone_and_survives_power_cuts(tmp_path: Path) -> None:
     async def main() -> None:
         store = await open_store(tmp_path / "db")
