@@ -22,6 +22,9 @@ from parts.routes import ROUTES, Trip
 from sealift.domain.move import MoveOptions
 from sealift.hypervisor.base import MigrationInfo
 
+_FIRMWARE_BYTES = 1 << 20
+"""Below 1 MiB the firmware has left pages of zeros, which are not sent."""
+
 
 async def migration_run(
     path: str, channels: int, guest: Guest, scene: Scene, root: Path, peers: Peers, ends: Ends = LOOPBACK
@@ -48,7 +51,7 @@ async def migration_run(
         stopped, resumed = await source.time_of("STOP"), await target.time_of("RESUME")
         carried = [info.progress.transferred_bytes, *await way.carried()]
         cpu, others = processes.cpu(), processes.others_cores()
-        if min(carried) < 0.99 * scene.memory_bytes:  # the firmware has left a few pages of zeros
+        if min(carried) < scene.memory_bytes - _FIRMWARE_BYTES:
             raise RuntimeError(f"of {scene.memory_bytes} random bytes only {carried} went over {path}")
         peaks = {role: peak_rss_mib_of_family(pid) for role, pid in roles.items()}
     between = [peaks[role] for role in way.roles]
