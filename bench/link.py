@@ -13,16 +13,14 @@ import argparse
 import asyncio
 import datetime
 import os
-import signal
 from pathlib import Path
-from types import FrameType
 
 from parts.ends import shaped_link
 from parts.machines import scene
 from parts.measure import machine, table, write_json
 from parts.peers import peers
 from parts.report import write_links
-from parts.rounds import measure_round, rows
+from parts.rounds import end_as_by_hand, measure_round, rows
 from parts.routes import ROUTES
 from parts.runs import Runs
 
@@ -48,7 +46,7 @@ def main() -> int:
     rates = {f"{float(word):g} Gbit/s": int(float(word) * 1e9) for word in options.rates.split(",")}
     if os.geteuid() != 0:
         parser.error("only root can make network namespaces and shape links")
-    signal.signal(signal.SIGTERM, _stop)
+    end_as_by_hand()
 
     programs = peers(CACHE)
     settings = {"guest_mib": options.memory}
@@ -73,10 +71,8 @@ def main() -> int:
     return 0
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Leave through every clean-up: what was started is ended."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -14,15 +14,13 @@ import argparse
 import asyncio
 import datetime
 import os
-import signal
 from pathlib import Path
-from types import FrameType
 
 from parts.machines import GUESTS, scene
 from parts.measure import machine, table, write_json
 from parts.peers import peers
 from parts.report import write_migrations
-from parts.rounds import measure_round, rows
+from parts.rounds import end_as_by_hand, measure_round, rows
 from parts.routes import ROUTES
 from parts.runs import Runs
 
@@ -47,7 +45,7 @@ def main() -> int:
         parser.error(f"unknown paths: {', '.join(sorted(unknown))}; there are: {', '.join(ROUTES)}")
     channels = [int(word) for word in options.channels.split(",")]
     guests = [options.guest] if options.guest else list(GUESTS)
-    signal.signal(signal.SIGTERM, _stop)
+    end_as_by_hand()
 
     programs = peers(CACHE)
     settings = {"guest_mib": options.memory, "cold": options.cold}
@@ -71,10 +69,8 @@ def main() -> int:
     return 0
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Leave through every clean-up: what was started is ended."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from parts.ends import LOOPBACK, Ends
 from parts.machines import Guest, Machine, Scene, machine
@@ -22,6 +23,7 @@ from parts.routes import ROUTES, Trip
 from sealift.domain.move import MoveOptions
 from sealift.hypervisor.base import MigrationInfo
 
+_STILL_S = 20.0
 _FIRMWARE_BYTES = 1 << 20
 """Below 1 MiB the firmware has left pages of zeros, which are not sent."""
 
@@ -45,7 +47,7 @@ async def migration_run(
         roles = way.roles | {"qemu_source": source.pid, "qemu_target": target.pid}
         processes = Processes(roles)
         began = time.monotonic()
-        info = await _unless_it_ends(target, _migrate(source, target, way.uri))
+        info = await _unless_it_is_lost(source, target, _migrate(source, target, way.uri))
         seconds = time.monotonic() - began
         await target.vm.cont_at_target()
         stopped, resumed = await source.time_of("STOP"), await target.time_of("RESUME")
@@ -75,15 +77,27 @@ async def _migrate(source: Machine, target: Machine, uri: str) -> MigrationInfo:
     return info
 
 
-async def _unless_it_ends(target: Machine, migration: Coroutine[None, None, MigrationInfo]) -> MigrationInfo:
-    """Give up on a migration whose target has ended: a source of QEMU 7.2 may not notice when channels are set up."""
-    moving, ended = asyncio.create_task(migration), asyncio.create_task(target.vm.process.wait_exit())
+async def _unless_it_is_lost(
+    source: Machine, target: Machine, migration: Coroutine[None, None, MigrationInfo]
+) -> MigrationInfo:
+    """Give up when the target has ended, or nothing moves: QEMU 7.2 may not notice when channels get mixed up."""
+    moving = asyncio.create_task(migration)
+    ended = asyncio.create_task(target.vm.process.wait_exit())
+    tasks: list[asyncio.Task[Any]] = [moving, ended, asyncio.create_task(_stand_still(source))]
     try:
-        await asyncio.wait((moving, ended), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if moving.done():
             return moving.result()
-        raise RuntimeError("the target's QEMU has ended")
+        raise RuntimeError("the target's QEMU has ended" if ended.done() else "the migration stands still")
     finally:
-        for task in (moving, ended):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(moving, ended, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _stand_still(source: Machine) -> None:
+    """Return when the source has sent nothing for a while."""
+    before = -1
+    while (sent := (await source.vm.migration()).progress.transferred_bytes) != before:
+        before = sent
+        await asyncio.sleep(_STILL_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +21,11 @@ _ATTEMPTS = 5
 
 def progress(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def end_as_by_hand() -> None:
+    """Take SIGTERM for an interrupt from the keyboard: asyncio then lets the run leave through every clean-up."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
 
 
 def measure_round(
