@@ -99,8 +99,9 @@ def test_a_black_hole_is_found_by_silence_and_every_channel_connects_anew(site: 
         site.pair(channel_spec(2), port=cutter.port, silence_s=1.0, patience_s=1.0) as pair,
     ):
         (near, far), (near_2, far_2) = pair.connect(), pair.connect()
-        near.sendall(b"before")
-        assert far.recv(16) == b"before"
+        for one, other in ((near, far), (near_2, far_2)):
+            one.sendall(b"before")
+            assert other.recv(16) == b"before"
         cutter.swallow()
         near.sendall(b"into the hole")
         near_2.sendall(b"also")

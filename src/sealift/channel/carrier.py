@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from typing import Final, Generic, Protocol, TypeVar
 
 from sealift.channel.ledger import Ledger
+from sealift.channel.window import Window
 from sealift.channel.wire import Counters, Wire, shut
 from sealift.errors import (
     BytesNotRetained,
@@ -68,6 +70,10 @@ class CarrierOwner(Protocol):
     def over(self) -> threading.Event:
         """Set when the move has failed or is being ended: nothing may be handed on any more."""
 
+    @property
+    def round_trip(self) -> float:
+        """To the other host and back, in seconds; 0 while it is not known."""
+
     def interrupted(self, channel: int, error: ChannelError) -> None:
         """A channel has lost its connection. Ends the move where it cannot be resumed."""
 
@@ -81,6 +87,8 @@ class Carrier(Generic[AnyWire]):
     def __init__(self, channel: int, ledger: Ledger, owner: CarrierOwner) -> None:
         self.channel = channel
         self.ledger = ledger
+        self.window = Window(ledger.out.limit)
+        ledger.out.limit = self.window.bytes
         self.waker = Waker()
         self.lock = threading.Lock()
         self._changed = threading.Condition(self.lock)
@@ -147,6 +155,13 @@ class Carrier(Generic[AnyWire]):
         """To be called with ``lock`` held, before a step in the ledger; raises Replaced for any other connection."""
         if self._wire is not wire:
             raise Replaced("a newer connection carries the channel")
+
+    def acknowledged(self, offset: int) -> None:
+        """The peer has the stream up to here; to be called with ``lock`` held. Raises OffsetInvalid."""
+        out, window = self.ledger.out, self.window
+        out.acknowledge(offset)
+        if window.acknowledged(offset, time.monotonic(), self._owner.round_trip, was_full=out.was_full):
+            out.limit, out.was_full = window.bytes, False
 
     def await_lost(self, wire: AnyWire, seconds: float) -> None:
         """Wait until somebody else has noted that this connection broke."""

@@ -22,7 +22,7 @@ LEAST_WINDOW: Final = 64 << 10
 """A channel keeps up to this much however small its share of the window is."""
 
 MAX_BLOCK: Final = 1 << 20
-_ACK_BYTES: Final = 4 << 20
+_ACK_BYTES: Final = 1 << 20
 
 
 @dataclass(slots=True)
@@ -45,6 +45,10 @@ class Retention:
 
     def __init__(self, window: int, record_bytes: int) -> None:
         window = max(window, LEAST_WINDOW)
+        self.limit = window
+        """How many bytes may wait for their acknowledgement; whoever measures the link lowers it below ``window``."""
+        self.was_full = False
+        """Whether ``limit`` has kept anything back."""
         self._block_bytes = min(MAX_BLOCK, window // 4)
         self._record_bytes = min(record_bytes, self._block_bytes)
         self._most = window // self._block_bytes
@@ -73,6 +77,10 @@ class Retention:
 
     def space(self) -> memoryview:
         """Where the next bytes of the stream go, up to a full record; empty while the window is full."""
+        room = self.limit - (self.filled - self.acked)
+        if room < min(self._record_bytes, self.limit) // 4:  # a few bytes at a time would make small records
+            self.was_full = True
+            return memoryview(b"")
         self._drop()
         last = self._blocks[-1] if self._blocks else None
         if last is not None and self.acked >= last.end:
@@ -80,8 +88,9 @@ class Retention:
         if last is None or self._block_bytes - last.filled < (self._record_bytes + 1) // 2:
             last = self._another()
             if last is None:
+                self.was_full = True
                 return memoryview(b"")
-        return last.buffer[last.filled : last.filled + self._record_bytes]
+        return last.buffer[last.filled : last.filled + min(self._record_bytes, room)]
 
     def fill(self, count: int) -> None:
         """Note that ``count`` bytes were put into ``space()``."""
@@ -169,7 +178,6 @@ class Receipt:
     """What came of the peer's stream."""
 
     def __init__(self, window: int) -> None:
-        # Often enough that the peer never runs out of window, seldom enough to cost nothing.
         self._quantum = min(_ACK_BYTES, max(window, LEAST_WINDOW) // 8)
         self.expected = 0
         """The next offset that may be accepted; everything before it verified and will be delivered."""

@@ -171,6 +171,12 @@ class Move:
 
     # Interruptions
 
+    @property
+    def round_trip(self) -> float:
+        """To the other host and back, in seconds; 0 while it is not known."""
+        link = self._link
+        return (link.clock.round_trip_us or 0) / 1e6 if link else 0.0
+
     def interrupted(self, channel: int, error: ChannelError) -> None:
         """A channel has lost its connection; the source makes another, the target waits for it."""
         if self.over.is_set():

@@ -120,7 +120,7 @@ class _Sealed:
                 case PeerEnded():
                     ledger.into.end()
                 case Acknowledged(offset):
-                    ledger.out.acknowledge(offset)
+                    carrier.acknowledged(offset)
                 case _:
                     return False
         if isinstance(event, Acknowledged):

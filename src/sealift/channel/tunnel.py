@@ -27,7 +27,7 @@ from sealift.errors import ChannelError, LocalClosed, StreamTruncated
 LAST_WORDS_S: Final = 1.0
 """How long a side that cannot send any more listens for why."""
 
-ACK_S: Final = 0.05
+ACK_S: Final = 0.01
 """What was delivered is acknowledged after this long at the latest, if nothing else is being sent."""
 
 

@@ -40,7 +40,7 @@ class Role(Enum):
 class ChannelLimits:
     """Limits of the sealed channel that both ends bind into the handshake (docs/protocol/channel.md)."""
 
-    window_bytes: int = 16 << 20
+    window_bytes: int = 64 << 20
     rekey_records: int = 1 << 24
     rekey_bytes: int = 1 << 36
 
