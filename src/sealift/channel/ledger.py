@@ -21,7 +21,7 @@ from sealift.errors import BytesNotRetained, OffsetInvalid, RecordUnexpected
 LEAST_WINDOW: Final = 64 << 10
 """A channel keeps up to this much however small its share of the window is."""
 
-MAX_BLOCK: Final = 1 << 20
+MAX_BLOCK: Final = 512 << 10
 _ACK_BYTES: Final = 1 << 20
 
 

@@ -20,7 +20,7 @@ from sealift.channel.protocol import KEY_BYTES, NONCE_BYTES, ROUTE_BYTES, Channe
 from sealift.errors import InvalidInput
 from sealift.secret import Secret
 
-RECORD_BYTES: Final = 1 << 20
+RECORD_BYTES: Final = 512 << 10
 SILENCE_S: Final = 5.0
 GIVE_UP_S: Final = 60.0
 SWITCHOVER_TIMEOUT_S: Final = 5.0
