@@ -10,8 +10,10 @@ from sealift.channel.window import FIRST, LEAST, SAMPLE_S, TIME_S, Window
 CEILING = 64 << 20
 
 
-def measured(window: Window, rate: float, round_trip: float, seconds: float, *, was_full: bool, start: float = 0.0) -> int:
-    """Let the peer acknowledge ``rate`` bytes per second, every 10 ms, for so long; the offset it came to."""
+def measured(
+    window: Window, rate: float, round_trip: float, seconds: float, *, was_full: bool, start: float = 0.0
+) -> int:
+    """Let the peer acknowledge ``rate`` bytes per second, every 10 ms, for so long; the window that comes of it."""
     for n in range(int(seconds * 100) + 1):
         window.acknowledged(int((start + n / 100) * rate), start + n / 100, round_trip, was_full=was_full)
     return window.bytes
