@@ -28,9 +28,10 @@ _STREAMS = (1, 4)
 
 
 async def measure_pairs(options: argparse.Namespace) -> list[Row]:
-    """Relays alone, and as their floor splices: the same pair without the cipher, as plain moves use them."""
+    """Relays alone, the same without their cipher, and the splices of plain moves, which only copy."""
     kinds: dict[Kind, tuple[str, str]] = {
         "relay": ("relay pair", "sealift"),
+        "no-cipher": ("relay pair", "no-cipher"),
         "splice": ("splice pair", "sealift-plain"),
     }
     measured: dict[tuple[Kind, int], list[Run]] = {(kind, n): [] for kind in kinds for n in _STREAMS}

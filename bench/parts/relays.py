@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from parts.clear_relay import without_cipher
 from parts.ends import LOOPBACK, Ends
 from sealift.channel.doorman import door_path
 from sealift.channel.protocol import CHANNEL_VERSION, KEY_BYTES, NONCE_BYTES, ROUTE_BYTES, ChannelSpec, Plan
@@ -21,7 +22,8 @@ from sealift.channel.relay_spec import RECORD_BYTES, RelaySpec
 from sealift.domain.move import ChannelLimits
 from sealift.hypervisor.process import ProcessRef
 
-Kind = Literal["relay", "splice"]
+Kind = Literal["relay", "no-cipher", "splice"]
+"""A sealed move's relays; the same with the cipher taken out; a plain move's splices."""
 
 _PATIENCE_S = 30.0
 
@@ -82,7 +84,7 @@ async def connected_pair(
         with ends.target.inside():
             pid, port = await start_doorman(f"{ends.target.address}:0", str(doors), str(root / "lock"), log)
         processes.append(ProcessRef.of(pid))
-        sealed, limits = kind == "relay", ChannelLimits()
+        sealed, limits = kind != "splice", ChannelLimits()
         spec = ChannelSpec(
             uuid.uuid4().bytes,
             uuid.uuid4().bytes,
@@ -117,8 +119,8 @@ async def connected_pair(
         )
         sides = []
         for half, end in zip(specs, (ends.target, ends.source), strict=True):
-            with end.inside():
-                pid = await start_relay(kind, half, secret, log)
+            with end.inside(), without_cipher() if kind == "no-cipher" else contextlib.nullcontext():
+                pid = await start_relay("relay" if sealed else "splice", half, secret, log)
             processes.append(ProcessRef.of(pid))
             sides.append(Side(pid, Path(half.directory), await RelayClient.connect(half.directory)))
         target, source = sides
