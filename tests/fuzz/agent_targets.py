@@ -22,7 +22,9 @@ from support.channel_pair import SPEC
 _SECRET = bytes(range(100, 140))
 _UUID = UUID("99999999-2222-4333-8444-555555555555")
 _MAC = "52:54:00:12:34:56"
-HANDOVER = encode_handover(RelaySpec("source", SPEC, "/run/move", 4711, target="192.0.2.7:4600"), _SECRET)
+HANDOVER = encode_handover(
+    RelaySpec("source", SPEC, "/run/move", 4711, target="192.0.2.7:4600", record_bytes=256 << 10), _SECRET
+)
 _NOT_RIGHT = (None, True, -1, 0, 1, 2, 1.5, 1 << 16, 1 << 64, MAX_REKEY_BYTES + 1, float("nan"), "", "x", [], {}, [1])
 
 
