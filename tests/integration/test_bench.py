@@ -15,15 +15,9 @@ pytestmark = pytest.mark.qemu
 
 ROOT = Path(__file__).parents[2]
 RELAYS = {"relay_source", "relay_target"}
-QEMUS = {"qemu_source", "qemu_target"}
 ROWS = {
-    (name, path, channels): roles
-    for name, path, roles in (
-        ("relay pair", "sealift", RELAYS),
-        ("splice pair", "sealift-plain", RELAYS),
-        ("migration", "sealift", RELAYS | QEMUS),
-        ("migration", "qemu-plain", QEMUS),
-    )
+    (name, path, channels): RELAYS
+    for name, path in (("relay pair", "sealift"), ("relay pair", "no-cipher"), ("splice pair", "sealift-plain"))
     for channels in (1, 4)
 }
 
@@ -46,6 +40,6 @@ def test_quick_run_writes_the_report(tmp_path: Path) -> None:
         assert row["gb_per_s"] > 0
         assert row["cpu_s_per_gb"] >= 0  # a run this short may be below the clock's tick
         assert row["cpu_s_per_gb_by"].keys() == ROWS[key]
-        assert (row["downtime_ms"] is not None) == (row["name"] == "migration")
-        assert (row["peak_rss_mib"] is not None) == ("relay_source" in ROWS[key])
+        assert row["downtime_ms"] is None
+        assert row["peak_rss_mib"] > 0
         assert " ".join([key[0], key[1]]) in " ".join(ran.stdout.split())
