@@ -45,7 +45,13 @@ class Guest:
         file = cluster.directory / f"{name}.toml"
         file.write_text(text)
         self.uuid: str = cluster.ask("vm", "create", str(file), "--host", host)["uuid"]
-        self.console = Console([h.state / "vms" / self.uuid / "serial.log" for h in cluster.hosts.values()])
+        self.console = Console([])
+        for known in cluster.hosts.values():
+            self.follow(known)
+
+    def follow(self, host: Host) -> None:
+        """Hear it on this host too."""
+        self.console.follow(host.state / "vms" / self.uuid / "serial.log")
 
     def close(self) -> None:
         self.console.close()

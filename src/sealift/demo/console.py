@@ -47,6 +47,10 @@ class Console:
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
+    def follow(self, path: Path) -> None:
+        """Follow one more file: that of a host which came later."""
+        self._offsets.setdefault(path, 0)
+
     def close(self) -> None:
         """Stop following."""
         self._stop.set()
@@ -88,7 +92,7 @@ class Console:
 
     def _follow(self) -> None:
         while not self._stop.wait(_LOOK_S):
-            for path, offset in self._offsets.items():
+            for path, offset in list(self._offsets.items()):
                 try:
                     with path.open("rb") as file:
                         file.seek(offset)
