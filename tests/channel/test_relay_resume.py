@@ -8,12 +8,14 @@ import random
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from support.cutter import Cutter
 from support.relays import PATIENCE, ByHand, Pair, Site, channel_spec, exactly, proc, read_all
+from support.step_cutter import StepCutter
 
 MB = 1 << 20
 
@@ -112,6 +114,27 @@ def test_a_black_hole_is_found_by_silence_and_every_channel_connects_anew(site: 
         assert exactly(far_2, 4) == b"also"
         far.sendall(b"back")
         assert near.recv(16) == b"back"
+
+
+def test_a_black_hole_is_found_when_the_control_channel_has_no_connection_either(site: Site) -> None:
+    """Its silence cannot be judged then; that it was cut off for as long says the same of the other channels."""
+    with (
+        StepCutter(site.port) as cutter,
+        site.pair(port=cutter.port, silence_s=1.0, patience_s=1.0) as pair,
+    ):
+        near, far = pair.connect()
+        near.sendall(b"before")
+        assert far.recv(16) == b"before"
+        cutter.swallow()
+        cutter.reset_channel(0)
+        pair.source.event("interrupted")
+        near.sendall(b"into the hole")
+        tried = cutter.accepted
+        while cutter.accepted < tried + 2:  # each attempt takes a second
+            time.sleep(0.02)
+        cutter.up()
+        assert exactly(far, 13) == b"into the hole"
+        assert pair.source.event("interrupted", nth=2)["channel"] == 1
 
 
 def test_a_half_open_connection_is_replaced_by_a_higher_epoch(site: Site) -> None:

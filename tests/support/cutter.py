@@ -6,9 +6,30 @@ import contextlib
 import socket
 import struct
 import threading
+from dataclasses import dataclass, field
 
 _CHUNK = 64 << 10
 _RESET = struct.pack("ii", 1, 0)
+
+
+@dataclass
+class Link:
+    """One connection through a cutter."""
+
+    source: socket.socket
+    target: socket.socket
+    dead: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def open(self) -> bool:
+        """Whether an end of it is not closed yet: it may be half open."""
+        return self.source.fileno() >= 0 or self.target.fileno() >= 0
+
+    def reset(self) -> None:
+        """Reset both ends; nothing passes any more."""
+        self.dead.set()
+        _reset(self.source)
+        _reset(self.target)
 
 
 class Cutter:
@@ -21,11 +42,13 @@ class Cutter:
     def __init__(self, port: int, *, reset_every: int = 0, resets: int = 0, flip_every: int = 0) -> None:
         self._target = ("127.0.0.1", port)
         self._reset_every, self.resets_left = reset_every, resets
-        self._flip_every = flip_every
+        self._flip_every, self._flips_left = flip_every, 0
         self._lock = threading.Lock()
         self._passed = self._since_flip = 0
-        self._links: list[tuple[socket.socket, socket.socket, threading.Event]] = []
+        self._links: list[Link] = []
         self._down = self._swallowing = self._closed = False
+        self.accepted = 0
+        """Connections so far."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
 
@@ -44,18 +67,16 @@ class Cutter:
         """Reset every connection, towards both hosts."""
         with self._lock:
             links, self._links = self._links, []
-        for source, target, dead in links:
-            dead.set()
-            _reset(source)
-            _reset(target)
+        for link in links:
+            link.reset()
 
     def reset_source_only(self) -> None:
         """Reset the source's ends; the target hears nothing."""
         with self._lock:
             links = list(self._links)
-        for source, _, dead in links:
-            dead.set()
-            _reset(source)
+        for link in links:
+            link.dead.set()
+            _reset(link.source)
 
     def down(self) -> None:
         """Reset everything and let nothing new through until ``up``."""
@@ -70,33 +91,54 @@ class Cutter:
         """Let new connections through; those that lost bytes stay dead."""
         self._down = self._swallowing = False
 
+    def flip(self) -> None:
+        """Flip one bit in what goes to the target next."""
+        with self._lock:
+            self._flips_left += 1
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 source, _ = self._listener.accept()
+                self.accepted += 1
                 if self._down or self._closed:
                     _reset(source)
                     continue
-                target = socket.create_connection(self._target)
-                dead = threading.Event()
+                try:
+                    target = socket.create_connection(self._target)
+                except OSError:  # nobody listens there now; the next one may be luckier
+                    _reset(source)
+                    continue
+                link = self._link(source, target)
                 with self._lock:
-                    self._links.append((source, target, dead))
-                for reader, writer in ((source, target), (target, source)):
-                    forth = writer is target
-                    threading.Thread(target=self._pump, args=(reader, writer, forth, dead), daemon=True).start()
+                    self._links = [known for known in self._links if known.open] + [link]
+                if self._down:  # since it was accepted
+                    link.reset()
+                for forth in (True, False):
+                    threading.Thread(target=self._pump, args=(link, forth), daemon=True).start()
 
-    def _pump(self, reader: socket.socket, writer: socket.socket, forth: bool, dead: threading.Event) -> None:
+    def _link(self, source: socket.socket, target: socket.socket) -> Link:
+        return Link(source, target)
+
+    def _pump(self, link: Link, forth: bool) -> None:
+        reader, writer = (link.source, link.target) if forth else (link.target, link.source)
         with contextlib.suppress(OSError):
             while data := reader.recv(_CHUNK):
-                if self._swallowing or dead.is_set():
-                    dead.set()
+                if self._swallowing or link.dead.is_set():
+                    link.dead.set()
                     continue
-                if self._cut(len(data)):
-                    self.reset()
+                if not self._pass(link, self._flipped(data) if forth else data, forth):
                     return
-                writer.sendall(self._flipped(data) if forth else data)
-            if not dead.is_set():
+            if not link.dead.is_set():
                 writer.shutdown(socket.SHUT_WR)
+
+    def _pass(self, link: Link, data: bytes, forth: bool) -> bool:
+        """Pass on what has come, or what of it may; whether the connection goes on."""
+        if self._cut(len(data)):
+            self.reset()
+            return False
+        (link.target if forth else link.source).sendall(data)
+        return True
 
     def _cut(self, count: int) -> bool:
         with self._lock:
@@ -108,13 +150,16 @@ class Cutter:
             return True
 
     def _flipped(self, data: bytes) -> bytes:
-        if not self._flip_every:
+        if not self._flip_every and not self._flips_left:
             return data
         with self._lock:
-            self._since_flip += len(data)
-            if self._since_flip < self._flip_every:
-                return data
-            self._since_flip = 0
+            if self._flips_left:
+                self._flips_left -= 1
+            else:
+                self._since_flip += len(data)
+                if not self._flip_every or self._since_flip < self._flip_every:
+                    return data
+                self._since_flip = 0
         changed = bytearray(data)
         changed[len(changed) // 2] ^= 0x10
         return bytes(changed)

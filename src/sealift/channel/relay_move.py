@@ -204,11 +204,14 @@ class Move:
             self._outages_changed.notify_all()
         if again:
             self.events.resume(channel, epoch, round(lasted * 1000))
+        if channel == 0 and lasted >= self.spec.silence_s:
+            # Nobody judged the data channels meanwhile: a black hole may have taken connections made since.
+            self.silent(PeerSilent("the control channel was cut off for long"), but=0)
 
-    def silent(self, error: PeerSilent) -> None:
-        """The other host is not heard: every connection to it counts as broken."""
+    def silent(self, error: PeerSilent, *, but: int | None = None) -> None:
+        """The other host is not heard: every connection to it counts as broken, or all ``but`` one channel's."""
         with self._lock:
-            carriers = list(self._carriers.values())
+            carriers = [carrier for channel, carrier in self._carriers.items() if channel != but]
         for carrier in carriers:
             carrier.retire(error)
 
