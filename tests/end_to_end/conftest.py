@@ -12,6 +12,7 @@ import pytest
 
 from sealift.demo.cluster import Cluster
 from sealift.demo.guest import GuestImage
+from support.faults import CutCluster, cut_cluster
 from support.running_guest import Guest
 
 
@@ -45,6 +46,34 @@ def guest(cluster: Cluster, the_guest: Guest) -> Iterator[Guest]:
     cluster.sealift("vm", "set", the_guest.name, "--migrate-encryption", "opportunistic")
     yield the_guest
     _heal(cluster)
+
+
+@pytest.fixture(scope="session")
+def behind_cutters() -> Iterator[CutCluster]:
+    """Two more hosts, and a link between them that can be broken."""
+    with cut_cluster() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def the_cut_guest(
+    behind_cutters: CutCluster, guest_image: GuestImage, request: pytest.FixtureRequest
+) -> Iterator[Guest]:
+    """A guest of the module's own; it is stopped when the module is done."""
+    name = request.module.__name__.rpartition("test_")[2]
+    guest = Guest(behind_cutters.cluster, guest_image, name, host="a")
+    yield guest
+    guest.cluster.sealift("vm", "stop", "--force", guest.name)
+    guest.close()
+
+
+@pytest.fixture
+def cut_guest(behind_cutters: CutCluster, the_cut_guest: Guest) -> Iterator[Guest]:
+    """The guest, running, over a link that is whole."""
+    behind_cutters.calm()
+    the_cut_guest.make_run()
+    yield the_cut_guest
+    behind_cutters.calm()
 
 
 def _heal(cluster: Cluster) -> None:

@@ -5,67 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sealift.channel.relay_client import RelayClient
-from sealift.demo.cluster import Cluster
-from sealift.demo.guest import GuestImage
-from sealift.domain.move import ChannelLimits
+from sealift.channel.window import LEAST
 from sealift.errors import MigrationFailed
-from support.cutter import Cutter
-from support.ports import free_port
+from support.faults import CutCluster, RelayLine, settled
+from support.limited_controller import limited
 from support.running_guest import SLOW, Guest, left_behind
 
 pytestmark = pytest.mark.qemu
 
-RESETS, RESET_EVERY = 20, 1 << 20
-WINDOW = ChannelLimits().window_bytes
-
-
-@pytest.fixture(scope="module")
-def behind_cutters() -> Iterator[tuple[Cluster, dict[str, Cutter]]]:
-    """Two hosts; what others are told of their migration ports is a cutter's."""
-    directory = Path(tempfile.mkdtemp(prefix="sl-"))
-    cluster, cutters = Cluster(directory / "c"), {}
-    try:
-        cluster.start()
-        for name in "ab":
-            doorman = free_port()
-            cutters[name] = Cutter(doorman, reset_every=RESET_EVERY)
-            cutters[name].__enter__()
-            listen = f"127.0.0.1:{doorman}"
-            cluster.add_host(name, migration_port=cutters[name].port, migration_listen=listen)
-        yield cluster, cutters
-    finally:
-        cluster.close()
-        for cutter in cutters.values():
-            cutter.__exit__()
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def cut_guest(behind_cutters: tuple[Cluster, dict[str, Cutter]], guest_image: GuestImage) -> Iterator[Guest]:
-    guest = Guest(behind_cutters[0], guest_image, "cut", host="a")
-    yield guest
-    guest.close()
+RESETS = 20
+UNDER_WAY = frozenset({"listening", "connected", "flowing"})
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_twenty_resets_in_one_move_cost_no_tick(
-    cut_guest: Guest, behind_cutters: tuple[Cluster, dict[str, Cutter]], channels: int
-) -> None:
-    cut_guest.make_run()
+def test_twenty_resets_in_one_move_cost_no_tick(cut_guest: Guest, behind_cutters: CutCluster, channels: int) -> None:
     source = cut_guest.host
     target = cut_guest.other()
-    cutter = behind_cutters[1][target.name]
+    cutter = behind_cutters.cutters[target.name]
     cutter.resets_left = RESETS
     record = cut_guest.migrate(target, "--channels", str(channels))
     assert record["state"] == "done"
@@ -79,11 +43,10 @@ def test_twenty_resets_in_one_move_cost_no_tick(
 
 
 def test_a_link_that_stays_down_is_given_up_after_the_time_that_was_asked_for(
-    cut_guest: Guest, behind_cutters: tuple[Cluster, dict[str, Cutter]]
+    cut_guest: Guest, behind_cutters: CutCluster
 ) -> None:
-    cut_guest.make_run()
     source, target = cut_guest.host, cut_guest.other()
-    cutter = behind_cutters[1][target.name]
+    cutter = behind_cutters.cutters[target.name]
     cutter.resets_left = 0
     ident = cut_guest.begin(target, "--bandwidth", SLOW, "--give-up", "3s")
     cutter.down()
@@ -105,13 +68,10 @@ def test_a_link_that_stays_down_is_given_up_after_the_time_that_was_asked_for(
     assert [event["type"] for event in events if event["slug"]] == ["migration.interrupted"]
 
 
-def test_what_is_shown_as_sent_is_never_more_than_the_target_has(
-    cut_guest: Guest, behind_cutters: tuple[Cluster, dict[str, Cutter]]
-) -> None:
+def test_what_is_shown_as_sent_is_never_more_than_the_target_has(cut_guest: Guest, behind_cutters: CutCluster) -> None:
     """The target's QEMU is stopped in the middle: the relays fill up, and QEMU counts that as transferred."""
-    cut_guest.make_run()
     source, target = cut_guest.host, cut_guest.other()
-    behind_cutters[1][target.name].resets_left = 0
+    behind_cutters.cutters[target.name].resets_left = 0
     ident = cut_guest.begin(target, "--bandwidth", SLOW)
     pid = cut_guest.qemu(target)
     assert pid is not None
@@ -120,7 +80,7 @@ def test_what_is_shown_as_sent_is_never_more_than_the_target_has(
     os.kill(pid, signal.SIGSTOP)
     try:
         end = time.monotonic() + 60
-        while held < WINDOW // 4:
+        while held < LEAST // 2:
             assert time.monotonic() < end, f"the source's relay holds only {held} bytes"
             sample = cut_guest.record(ident)["progress"]
             relay = asyncio.run(_status(directory))
@@ -134,6 +94,24 @@ def test_what_is_shown_as_sent_is_never_more_than_the_target_has(
     assert cut_guest.wait(ident)["state"] == "cancelled"
     assert cut_guest.copies() == [source.name]
     assert cut_guest.nothing_left(target)
+
+
+def test_keys_change_in_both_directions_in_the_middle_of_a_move(cut_guest: Guest, behind_cutters: CutCluster) -> None:
+    """Towards the target by bytes and records; back by records, which are acknowledgements, answers and heartbeats."""
+    with limited(behind_cutters.cluster, records=4, size=1 << 20):
+        source, target = cut_guest.host, cut_guest.other()
+        lost = cut_guest.console.ticks.lost()
+        ident = cut_guest.begin(target, "--bandwidth", SLOW)
+        with RelayLine(source) as near, RelayLine(target) as far:
+            while True:
+                counted = [line.ask("status") for line in (near, far)]
+                assert all(status.get("state") in UNDER_WAY for status in counted), "it ended with the first keys"
+                if all(status["rekeys_out"] >= 2 and status["rekeys_in"] >= 2 for status in counted):
+                    break
+                time.sleep(0.05)
+        behind_cutters.cutters[target.name].reset()  # what is sent again goes under other keys than before
+        record = settled(cut_guest, ident, source, target, lost_before=lost)
+        assert (record["state"], record["protection"]) == ("done", "sealed")
 
 
 async def _status(directory: Path) -> dict[str, Any]:

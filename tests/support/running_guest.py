@@ -21,7 +21,10 @@ SLOW = "12M"
 
 
 class Guest:
-    """The VM ``name``; ``disk`` is a qcow2 image on a datastore that all hosts see."""
+    """The VM ``name``; ``disk`` is a qcow2 image on a datastore that all hosts see.
+
+    It fills ``filled`` MB with its pattern and rewrites ``dirty`` MB/s of them.
+    """
 
     def __init__(
         self,
@@ -31,10 +34,11 @@ class Guest:
         *,
         host: str,
         disk: Path | None = None,
+        filled: int = FILLED_MB,
         dirty: int = DIRTY_MB_S,
     ) -> None:
         self.cluster, self.name = cluster, name
-        words = command_line(name.encode(), memory_mb=FILLED_MB, dirty_mb_s=DIRTY_MB_S, disk=disk is not None)
+        words = command_line(name.encode(), memory_mb=filled, dirty_mb_s=dirty, disk=disk is not None)
         text = (
             f"name = {json.dumps(name)}\nvcpus = 1\nmemory = '{RAM_KIB}KiB'\n"
             f"[boot]\nkernel = {json.dumps(str(image.kernel))}\ninitrd = {json.dumps(str(image.initrd))}\n"

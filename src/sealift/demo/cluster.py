@@ -36,13 +36,15 @@ def free_port() -> int:
 
 @dataclass
 class Host:
-    """One host: its directories, ports, and agent."""
+    """One host: its directories, address and ports, and agent; ``prefix`` begins the agent's command line."""
 
     name: str
     directory: Path
     port: int
     migration_port: int
     configuration: Path
+    address: str
+    prefix: tuple[str, ...]
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -126,7 +128,7 @@ class Cluster:
     def take_controller(self, process: subprocess.Popen[bytes]) -> None:
         """Use a controller that somebody else started on our state directory; returns when it listens."""
         self._controller = process
-        self._until_listening(process, self.port, self.directory / "controller.log")
+        self._until_listening(process, "127.0.0.1", self.port, self.directory / "controller.log")
 
     def kill_controller(self, number: int = signal.SIGKILL) -> None:
         """End the controller's process by a signal and wait until it is gone."""
@@ -148,17 +150,30 @@ class Cluster:
 
     # hosts
 
-    def add_host(self, name: str, *, migration_port: int = 0, replaces: str = "", **settings: object) -> Host:
-        """Join a new host and start its agent. ``migration_port`` is what others are told, when it is not its own."""
+    def add_host(
+        self,
+        name: str,
+        *,
+        migration_port: int = 0,
+        replaces: str = "",
+        address: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+        **settings: object,
+    ) -> Host:
+        """Join a new host and start its agent, which listens at the IP ``address``.
+
+        ``migration_port`` is what others are told, when it is not its own; ``prefix`` comes before the agent's command
+        line, and may take it to another network namespace.
+        """
         directory = self.directory / name
         directory.mkdir(parents=True)
-        host = Host(name, directory, free_port(), free_port(), directory / "agent.toml")
+        host = Host(name, directory, free_port(), free_port(), directory / "agent.toml", address, tuple(prefix))
         values: dict[str, object] = {
             "name": name,
-            "listen": f"127.0.0.1:{host.port}",
-            "migration_listen": f"127.0.0.1:{host.migration_port}",
-            "address": f"127.0.0.1:{host.port}",
-            "migration_address": f"127.0.0.1:{migration_port or host.migration_port}",
+            "listen": f"{address}:{host.port}",
+            "migration_listen": f"{address}:{host.migration_port}",
+            "address": f"{address}:{host.port}",
+            "migration_address": f"{address}:{migration_port or host.migration_port}",
             "accelerator": "tcg",
             "run_directory": str(host.run),
             **settings,
@@ -172,8 +187,8 @@ class Cluster:
 
     def start_agent(self, host: Host) -> None:
         """Start a host's agent and wait until it listens."""
-        host.process = self._spawn(self.argv("agent", "run", *self._where(host)), host.log)
-        self._until_listening(host.process, host.port, host.log)
+        host.process = self._spawn([*host.prefix, *self.argv("agent", "run", *self._where(host))], host.log)
+        self._until_listening(host.process, host.address, host.port, host.log)
 
     def kill_agent(self, host: Host, number: int = signal.SIGKILL) -> None:
         """End a host's agent by a signal; its VMs and moves go on."""
@@ -193,12 +208,12 @@ class Cluster:
             )
 
     @staticmethod
-    def _until_listening(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    def _until_listening(process: subprocess.Popen[bytes], address: str, port: int, log: Path) -> None:
         end = time.monotonic() + _START_S
         while time.monotonic() < end:
             if process.poll() is not None:
                 raise SealiftError(f"it ended with {process.returncode}: {log.read_text()[-2000:]}")
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
                 return
             time.sleep(0.05)
         raise SealiftError(f"it does not listen after {_START_S:g} s: {log.read_text()[-2000:]}")
