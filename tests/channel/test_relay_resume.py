@@ -163,6 +163,7 @@ def test_a_target_relay_stopped_for_three_seconds_breaks_nothing(site: Site) -> 
 def test_a_side_that_ended_while_the_link_was_down_says_so_when_it_is_back(site: Site) -> None:
     with Cutter(site.port) as link, site.pair(port=link.port) as pair:
         near, _ = pair.connect()
+        pair.source.event("connected")
         link.down()
         pair.source.event("interrupted")
         pair.target.ask("abort", reason="nobody needs it any more")
@@ -191,6 +192,8 @@ def test_the_phase_decides_how_long_to_try(site: Site) -> None:
         site.pair(port=cutter.port, give_up_s=1.0, switchover_timeout_s=0.5) as pair,
     ):
         near, far = pair.connect()
+        near.sendall(b"before")
+        assert exactly(far, 6) == b"before"
         for relay in (pair.source, pair.target):
             assert relay.ask("phase", phase="committed")["entered"]
         assert pair.source.ask("phase", phase="resting")["error"] == "invalid_input"

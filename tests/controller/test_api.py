@@ -277,8 +277,10 @@ def test_progress_is_told_and_a_cancellation_heard(tmp_path: Path) -> None:
         api.a.source_script = lambda order: whole(order)[:2]
         api.b.target_script = lambda order: [line(MoveState.WAITING)]
         made = (await api.call("POST", "migrations", {"vm": "vm1", "to": "b"}, status=201)).json()
-        found = await api.until(made["id"], lambda found: bool(found.progress and found.progress.total_bytes))
-        assert found.state.value == "precopy"
+        found = await api.until(
+            made["id"],
+            lambda found: bool(found.state.value == "precopy" and found.progress and found.progress.total_bytes),
+        )
         assert found.progress is not None
         assert found.progress.remaining_bytes == 400
         assert found.eta_s == pytest.approx(2.0)

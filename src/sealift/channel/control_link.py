@@ -118,6 +118,7 @@ class ControlLink:
         self._silence_s = silence_s
         self._beat_s = min(BEAT_S, silence_s / 5)
         self._beats = 0
+        self._last_word = False
         self._frames = FrameReader()
         self._messages = 0
 
@@ -145,7 +146,7 @@ class ControlLink:
             self.outward_done.set()
 
     def _said_last(self) -> bool:
-        return self.outward_done.is_set()
+        return self._last_word
 
     def _send_until_told(self, wire: ControlWire) -> None:
         """Return when the last word was said."""
@@ -154,12 +155,12 @@ class ControlLink:
         while True:
             self._queue()
             if (reason := self._outbox.reason) is not None:
-                self.outward_done.set()
+                self._last_word = True
                 wire.give_up(reason)
                 return
             wire.push()
             if self._ledger.out.ended_and_acked:
-                self.outward_done.set()
+                self._last_word = True
                 return
             now = time.monotonic()
             if now >= next_beat:
