@@ -88,8 +88,9 @@ def _role_seconds(pid: int) -> _Spent:
     for member in _family(pid):
         counted += sum(_stat(f"/proc/{member}/stat")[11:15])  # its own and its ended children's
         for thread in Path(f"/proc/{member}/task").iterdir():
-            if (thread / "comm").read_text().startswith("CPU "):
-                guest += sum(_stat(f"{thread}/stat")[11:13])
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                if (thread / "comm").read_text().startswith("CPU "):
+                    guest += sum(_stat(f"{thread}/stat")[11:13])
     tick = os.sysconf("SC_CLK_TCK")
     return _Spent((counted - guest) / tick, guest / tick)
 
