@@ -92,7 +92,7 @@ def test_a_link_that_is_down_for_a_while_costs_only_that_while(site: Site) -> No
         assert exactly(far, 7 * MB) == data[MB:]
         feeder.join(PATIENCE)
         outage = [e for e in pair.source.events() if e["type"] == "resumed" and e["channel"] == 1]
-        assert outage[-1]["outage_ms"] >= 4_500
+        assert max(e["outage_ms"] for e in outage) >= 4_500
 
 
 def test_a_black_hole_is_found_by_silence_and_every_channel_connects_anew(site: Site) -> None:

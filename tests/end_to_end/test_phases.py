@@ -45,7 +45,8 @@ def test_resets_in_every_phase_of_one_move(cut_guest: Guest, behind_cutters: Cut
         record = settled(cut_guest, ident, source, target, lost_before=lost)
         assert let_go.is_set()
     assert record["state"] == "done"
-    assert all(step.hit.is_set() for step in steps) or carried_by_controller(source, log)
+    missed = [step.message for step in steps if not step.hit.is_set()]
+    assert not missed or carried_by_controller(source, log)
     data_streams = channels if channels == 1 else 1 + channels
     assert cutter.cut_in_setup == dict.fromkeys(range(1 + data_streams), SETUP_POINTS)
 
@@ -61,7 +62,8 @@ def test_a_reset_exactly_at_each_message(
     ident = cut_guest.begin(target, "--channels", str(channels), state="requested")
     record = settled(cut_guest, ident, source, target, lost_before=lost)
     assert record["state"] == "done"
-    assert all(step.hit.is_set() for step in steps) or carried_by_controller(source, log)
+    missed = [step.message for step in steps if not step.hit.is_set()]
+    assert not missed or carried_by_controller(source, log)
 
 
 def test_a_precopy_with_a_half_open_link_an_outage_a_black_hole_and_a_stopped_relay(

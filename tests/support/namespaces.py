@@ -11,7 +11,9 @@ late by a process of ours. Needs root; ``Unavailable`` says what is missing othe
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -64,8 +66,19 @@ class Site:
         """Drop everything that comes over the cable, without a word, until ``heal``."""
         self.run("nft", "add", "rule", "inet", "faults", "hole", "iifname", CABLE, "counter", "drop")
 
+    def swallow_one(self, port: int) -> int:
+        """Drop one connection's packets alone: of those to our ``port``, the one that brought most. Its other port."""
+        lines = self.run("ss", "-Htni", "state", "established", "sport", "=", f":{port}").splitlines()
+        found = []
+        for peer, figures in itertools.pairwise(lines):
+            if received := re.search(r"bytes_received:(\d+)", figures):
+                found.append((int(received[1]), int(peer.split()[3].rpartition(":")[2])))
+        (_, other) = max(found)
+        self.run("nft", "add", "rule", "inet", "faults", "hole", "tcp", "sport", str(other), "counter", "drop")
+        return other
+
     def heal(self) -> None:
-        """End ``swallow``."""
+        """End ``swallow`` and ``swallow_one``."""
         self.run("nft", "flush", "chain", "inet", "faults", "hole")
 
     def lost(self) -> int:

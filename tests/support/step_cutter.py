@@ -27,8 +27,13 @@ WHERES: tuple[Where, ...] = ("before", "inside", "after")
 SETUP_POINTS = 3
 """A handshake is cut after the preface, in message 2, and in the first record."""
 
-_TARGETS_WORDS = ({"type": "READY"}, {"type": "RUNNING", "reason": ""})
-_LENGTHS = {len(encode_frame(words)): words["type"] for words in _TARGETS_WORDS}
+_READY_BYTES, _RUNNING_BYTES = (len(encode_frame(m)) for m in ({"type": "READY"}, {"type": "RUNNING", "reason": ""}))
+_TARGETS_WORDS: dict[int, tuple[Message, ...]] = {
+    _READY_BYTES: ("READY",),
+    _RUNNING_BYTES: ("RUNNING",),
+    _READY_BYTES + _RUNNING_BYTES: ("READY", "RUNNING"),
+}
+"""What the target says, by the length of its record. After an outage one record may carry both."""
 
 
 class _Records:
@@ -60,7 +65,7 @@ class _StepLink(Link):
     """By direction: after how many bytes to do what."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """A cut that is to come; ``hit`` is set when it came."""
 
@@ -153,21 +158,22 @@ class StepCutter(Cutter):
                 link.cuts[True] = PREFACE_BYTES + MESSAGE_BYTES + RECORD_OVERHEAD, act
 
     def _meet(self, link: _StepLink, forth: bool, start: int, length: int) -> None:
-        """A message goes by: arrange the cut if this is its step."""
-        name = "COMMIT" if forth else _LENGTHS.get(length)
+        """A message goes by, or two: arrange the cut if this is its step."""
+        names: tuple[Message, ...] = ("COMMIT",) if forth else _TARGETS_WORDS.get(length, ())
         with self._lock:
-            step = next((s for s in self._steps if s.message == name), None)
-        if step is None:
+            steps = [step for name in names for step in [s for s in self._steps if s.message == name][:1]]
+        if not steps:
             return
 
         def act() -> None:
             with self._lock:
-                due = step in self._steps
-                self._steps = [other for other in self._steps if other is not step]
-            if due:
+                due = [step for step in steps if step in self._steps]
+                self._steps = [other for other in self._steps if other not in due]
+            for step in due:
                 step.act()
                 step.hit.set()
             link.reset()
 
         whole = length + RECORD_OVERHEAD
-        link.cuts[forth] = start + {"before": 0, "inside": whole // 2, "after": whole}[step.where], act
+        at = start + {"before": 0, "inside": whole // 2, "after": whole}[steps[0].where]
+        link.cuts.setdefault(forth, (at, act))  # what comes after a cut that is to come does not go by here

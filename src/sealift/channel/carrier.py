@@ -100,6 +100,11 @@ class Carrier(Generic[AnyWire]):
         self._settled = False
 
     @property
+    def current(self) -> AnyWire | None:
+        """The connection that carries the channel now; another may by the time it is looked at."""
+        return self._wire
+
+    @property
     def connections(self) -> int:
         """How many connections have carried this channel."""
         return self._connections

@@ -24,6 +24,7 @@ from sealift.channel.outages import delay_before
 from sealift.channel.protocol import PREFACE_BYTES, Preface
 from sealift.channel.relay_move import Move
 from sealift.channel.relay_spec import split_address
+from sealift.channel.stalls import watch
 from sealift.channel.waiting_room import WaitingRoom, origin
 from sealift.channel.wire import Wire, prepare_tcp, shut
 from sealift.errors import (
@@ -70,6 +71,9 @@ class SourceEnd:
         self._move.spawn("outages", self._move.watch_outages)
         self._move.spawn("connect", self._connect_control)
         self._move.spawn("accept", self._accept)
+        if self._move.resumes:
+            carriers, limit, over = self._move.data_carriers, self._move.spec.silence_s, self._move.over
+            self._move.spawn("stalls", lambda: watch(carriers, limit, over))
 
     def _connect_control(self) -> None:
         """The first connection of all: a target that refuses or just closes is tried again for a while only."""
@@ -148,8 +152,10 @@ class SourceEnd:
     def _refused(self, answered: bool, error: OSError) -> ChannelError:
         where = self._move.spec.target
         if answered:
+            late = isinstance(error, TimeoutError)
+            then = f"did not answer within {self._move.spec.patience_s:g} s" if late else f"closed it again: {error}"
             return HandshakeFailed(
-                f"the doorman or relay at {where} took the connection and closed it again: {error}",
+                f"the doorman or relay at {where} took the connection and {then}",
                 todo="look at the log of the target's relay",
             )
         return PeerUnreachable(

@@ -146,6 +146,11 @@ class Move:
                 self._carriers[channel] = Carrier(channel, ledger, self)
             return self._carriers[channel]
 
+    def data_carriers(self) -> list[Carrier[Any]]:
+        """Those of the data channels there are by now."""
+        with self._lock:
+            return [carrier for channel, carrier in self._carriers.items() if channel]
+
     def start_control(self) -> None:
         """The control channel is confirmed on both sides."""
         link = ControlLink(self.carrier(0), self.outbox, self, self.events, self.spec.silence_s)
@@ -158,9 +163,8 @@ class Move:
 
     def start_tunnel(self, channel: int, local: socket.socket) -> None:
         """A data channel is confirmed and has its local socket."""
-        resumes = self._cipher is not None
-        reconnects = resumes and self.spec.role == "source"
-        tunnel = Tunnel(self.carrier(channel), local, self, resumes=resumes, reconnects=reconnects)
+        reconnects = self.resumes and self.spec.role == "source"
+        tunnel = Tunnel(self.carrier(channel), local, self, resumes=self.resumes, reconnects=reconnects)
         with self._lock:
             self._tunnels[channel] = tunnel
         tunnel.start()
@@ -172,6 +176,11 @@ class Move:
     # Interruptions
 
     @property
+    def resumes(self) -> bool:
+        """Whether a channel may lose its connection and get another: a plain one may not."""
+        return self._cipher is not None
+
+    @property
     def round_trip(self) -> float:
         """To the other host and back, in seconds; 0 while it is not known."""
         link = self._link
@@ -181,7 +190,7 @@ class Move:
         """A channel has lost its connection; the source makes another, the target waits for it."""
         if self.over.is_set():
             return
-        if self._cipher is None:
+        if not self.resumes:
             self.fail(error)
             return
         self.events.interrupt(channel, error)
