@@ -77,6 +77,19 @@ def test_twenty_resets_in_one_transfer_lose_and_double_nothing(site: Site, chann
         assert resumed["outage_ms"] >= 0
 
 
+def test_sixteen_channels_resume_at_once(site: Site) -> None:
+    """More than the places for strangers: none pushes out another."""
+    data = [random.Random(n).randbytes(MB + n) for n in range(16)]
+    with (
+        Cutter(site.port, reset_every=6 * MB, resets=1) as cutter,
+        site.pair(channel_spec(16), port=cutter.port, record_bytes=64 << 10) as pair,
+    ):
+        assert carry(pair, 16, data) == data
+        assert cutter.resets_left == 0
+        refused = [e for e in pair.target.events() if e["type"] == "refused"]
+        assert not refused, refused
+
+
 def test_a_link_that_is_down_for_a_while_costs_only_that_while(site: Site) -> None:
     data = random.Random(1).randbytes(8 * MB)
     with Cutter(site.port) as cutter, site.pair(port=cutter.port) as pair:

@@ -2,9 +2,9 @@
 
 Source: dials the control channel at once; accepts exactly the planned number of local connections, whose order is the
 order of the channels; dials one connection for each. Target: takes connections from the doorman, lets each prove
-itself in a thread of its own while at most eight are unproven (one more drops the oldest of the address that has most),
-and opens its local connections strictly in the order of the channels, main first, however they arrive (QEMU takes the
-first connection for the main stream).
+itself in a thread of its own while at most eight are unproven, or as many as there are channels, which may all resume
+at once (one more drops the oldest of the address that has most), and opens its local connections strictly in the order
+of the channels, main first, however they arrive (QEMU takes the first connection for the main stream).
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ class TargetEnd:
         self._door.bind(move.spec.door)
         os.chmod(move.spec.door, 0o600)
         self._lock = threading.Lock()
-        self._unconfirmed: WaitingRoom[socket.socket] = WaitingRoom(MAX_UNCONFIRMED)
+        self._places = max(MAX_UNCONFIRMED, 1 + move.spec.spec.channels)
+        self._unconfirmed: WaitingRoom[socket.socket] = WaitingRoom(self._places)
         self._epochs: dict[int, int] = {}
         self._begun: set[int] = set()
         self._confirm_lock = threading.Lock()
@@ -217,7 +218,7 @@ class TargetEnd:
             self._move.events.refuse(error)
             return
         with self._lock:
-            for lost in self._unconfirmed.enter(sock, _origin(sock), at_most=MAX_UNCONFIRMED):
+            for lost in self._unconfirmed.enter(sock, _origin(sock), at_most=self._places):
                 shut(lost)  # its thread then finds the connection ended, and reports it
         self._move.spawn(f"admit-{preface.channel}", lambda: self._prove(preface, sock))
 
