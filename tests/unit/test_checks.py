@@ -55,6 +55,11 @@ GOOD = Facts(
 DISK = Disk("/data/vm1.raw", "raw")
 HOST_CPU = status(cpu="host,migratable=on")
 TCG_MAX = status(cpu="max", accelerator=Accelerator.TCG)
+NEW_QEMU: dict[str, object] = {
+    "status": status(qemu_version="8.1.0"),
+    "source": host("a", qemu_version="8.1.0"),
+    "target": host("b", qemu_version="8.1.0"),
+}
 
 ERRORS = [
     ("not running", {"status": status(state=VmState.STOPPED)}, "is stopped"),
@@ -85,6 +90,7 @@ WARNINGS = [
     ("no AES at the source", {"source": host("a", aes_instructions=False)}, "host a has no AES"),
     ("no AES at the target", {"target": host("b", aes_instructions=False)}, "host b has no AES"),
     ("a trickle", {"options": MoveOptions(bandwidth=1000)}, "never converge"),
+    ("a busy loop", {"channels": 2}, "keeps a core of the source busy"),
     ("max under TCG", {"status": TCG_MAX, "target": host("b", qemu_version="10.0.0")}, "may not emulate"),
 ]
 FINE = [
@@ -94,7 +100,7 @@ FINE = [
     ("max under TCG, the same QEMU", {"status": TCG_MAX}),
     ("disk proved", {"status": status(disks=(DISK,)), "shared": {DISK.path: True}}),
     ("just enough room", {"target": host("b", memory_free_bytes=2 * GIB)}),
-    ("as many channels as allowed", {"channels": MAX_CHANNELS}),
+    ("as many channels as allowed", {"channels": MAX_CHANNELS, **NEW_QEMU}),
     ("the least patience", {"options": MoveOptions(give_up_ms=1000, switchover_timeout_ms=1000)}),
     ("the most patience", {"options": MoveOptions(give_up_ms=86_400_000, switchover_timeout_ms=60_000)}),
     ("an IPv6 address", {"target_address": "[fd00::2]:7421"}),

@@ -22,6 +22,9 @@ MAX_CHANNELS = 64
 HOST_CPUS = ("host", "max")
 """CPU models that stand for "whatever this machine has" under KVM."""
 
+_MULTIFD_WAITS = (8, 1)
+"""The first version whose migration thread waits for a free channel (commit d2026ee117); before, it looks in a loop."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -201,7 +204,16 @@ def _disks(facts: Facts) -> list[Finding]:
 
 
 def _speed(facts: Facts) -> list[Finding]:
-    return [
+    found = []
+    hardware = facts.status.hardware if facts.status else None
+    if hardware and 1 < facts.channels <= MAX_CHANNELS and _version(hardware.qemu_version) < _MULTIFD_WAITS:
+        found.append(
+            _warning(
+                f"QEMU {hardware.qemu_version} keeps a core of the source busy while several channels are open",
+                "use one channel unless the host has a core to spare; QEMU 8.1 waits instead",
+            )
+        )
+    return found + [
         _warning(
             f"host {host.name} has no AES instructions; sealing will be slow "
             f"({host.aes_gcm_gb_per_s:.2f} GB/s measured)",
