@@ -247,7 +247,9 @@ class Terminal:
         self.text = ""
         self._ours, theirs = pty.openpty()
         environment = {**os.environ, "XDG_CONFIG_HOME": str(home), "TERM": "xterm-256color", "COLUMNS": "120"}
-        program = "from sealift.cli.main import cli, run; run(cli)"
+        # As from a terminal: what a shell runs in its background it starts with Ctrl-C ignored, and so are we perhaps.
+        heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        program = f"{heed}; from sealift.cli.main import cli, run; run(cli)"
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, theirs)
             self.process = subprocess.Popen(

@@ -104,6 +104,11 @@ class RelayLine:
             return {}
         return answer
 
+    def pass_over(self) -> None:
+        """Count what has happened so far as heard."""
+        for event in self.ask("wait", after=self._heard, timeout=0).get("events", []):
+            self._heard = event["seq"]
+
     def hear(self, kind: str, **fields: object) -> bool:
         """Wait for an event with these fields that came after the last one heard.
 
@@ -272,7 +277,8 @@ def strike(kind: Kind, cutter: StepCutter, source: Host, target: Host, *, second
 
 def _end_hole(cutter: StepCutter, source: Host) -> None:
     with contextlib.suppress(ValueError, OSError), RelayLine(source) as relay:
-        relay.hear("interrupted", slug="peer_silent")
+        relay.pass_over()
+        relay.hear("interrupted", channel=0, slug="peer_silent")
     cutter.up()
 
 
