@@ -152,8 +152,7 @@ class SourceEnd:
     def _refused(self, answered: bool, error: OSError) -> ChannelError:
         where = self._move.spec.target
         if answered:
-            late = isinstance(error, TimeoutError)
-            then = f"did not answer within {self._move.spec.patience_s:g} s" if late else f"closed it again: {error}"
+            then = "did not answer in time" if isinstance(error, TimeoutError) else f"closed it again: {error}"
             return HandshakeFailed(
                 f"the doorman or relay at {where} took the connection and {then}",
                 todo="look at the log of the target's relay",
