@@ -47,8 +47,8 @@ class Cutter:
         self._passed = self._since_flip = 0
         self._links: list[Link] = []
         self._down = self._swallowing = self._closed = False
-        self.accepted = 0
-        """Connections so far."""
+        self._accepted = 0
+        self._knocked = threading.Condition()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
 
@@ -62,6 +62,13 @@ class Cutter:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.reset()
+
+    def await_connections(self, count: int, timeout: float) -> None:
+        """Wait until so many more were made, whether or not anything passes; raises TimeoutError."""
+        with self._knocked:
+            wanted = self._accepted + count
+            if not self._knocked.wait_for(lambda: self._accepted >= wanted, timeout):
+                raise TimeoutError(f"{count} connections were not made in {timeout} s")
 
     def reset(self) -> None:
         """Reset every connection, towards both hosts."""
@@ -100,7 +107,9 @@ class Cutter:
         with contextlib.suppress(OSError):
             while True:
                 source, _ = self._listener.accept()
-                self.accepted += 1
+                with self._knocked:
+                    self._accepted += 1
+                    self._knocked.notify_all()
                 if self._down or self._closed:
                     _reset(source)
                     continue

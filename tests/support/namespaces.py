@@ -90,9 +90,11 @@ class Site:
 @contextmanager
 def two_sites(*, delay_s: float, loss_percent: int) -> Iterator[dict[str, Site]]:
     """Sites a and b; a packet between them takes ``delay_s`` and so many percent are lost, each way."""
-    missing = [tool for tool in ("ip", "nft") if shutil.which(tool) is None]
-    if os.geteuid() != 0 or missing or not Path("/dev/net/tun").exists():
-        raise Unavailable(f"needs root, ip, nft and /dev/net/tun; missing: {missing or 'root or /dev/net/tun'}")
+    missing = [tool for tool in ("ip", "nft", "ss") if shutil.which(tool) is None]
+    if missing:  # ./dev installs them: their absence is no reason to skip
+        raise FileNotFoundError(f"these programs are needed: {', '.join(missing)}")
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
+        raise Unavailable("needs root and /dev/net/tun")
     tag = secrets.token_bytes(3)
     # Of the block that RFC 2544 sets aside for measuring networks: nobody's real address.
     network = f"198.{18 + tag[0] % 2}.{tag[1]}"
