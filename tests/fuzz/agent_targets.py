@@ -15,8 +15,8 @@ from sealift.channel.protocol import MAX_REKEY_BYTES, SPEC_BYTES, Plan
 from sealift.channel.relay_spec import RelaySpec, encode_handover, read_plain, read_sealed
 from sealift.domain.token import parse_token
 from sealift.domain.vm import VmConfig
+from sealift.domain.vm_file import parse_vm_toml
 from sealift.errors import InvalidInput, SealiftError, TokenInvalid
-from sealift.hypervisor.config import parse_vm_toml
 from support.channel_pair import SPEC
 
 _SECRET = bytes(range(100, 140))

@@ -37,7 +37,7 @@ def errors_page() -> str:
     head = [
         "# Errors",
         "",
-        "Generated from `src/sealift/errors.py`; do not edit.",
+        "Generated from `src/sealift/errors/`; do not edit.",
         "",
         "An answer of the API carries the slug in its problem document (RFC 9457), with `detail` saying what happened",
         "and `todo` what to do; the command line ends with the exit code.",

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sealift.domain.vm import Accelerator, Boot, Disk, Network, VmConfig
+from sealift.domain.vm_file import parse_size, parse_vm_toml
 from sealift.errors import InvalidInput
-from sealift.hypervisor.config import parse_size, parse_vm_toml
 
 DRAWN = UUID("11111111-2222-4333-8444-555555555555")
 MAC = "52:54:00:aa:bb:cc"

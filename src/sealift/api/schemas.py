@@ -11,26 +11,14 @@ from datetime import datetime
 from typing import Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import Field, SecretStr
 
+from sealift.api.encryption import Document, Request, Verify, VmEncryption
 from sealift.domain.host import HostCapabilities
 from sealift.domain.lifecycle import State
 from sealift.domain.patience import GIVE_UP_MS, SWITCHOVER_TIMEOUT_MS
 from sealift.domain.policy import Capability, MigrateEncryption
 from sealift.domain.vm import HardwareRecord, VmConfig, VmState
-
-
-class Request(BaseModel):
-    """A body that a client sends."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Document(BaseModel):
-    """A body that the controller answers."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
 
 # Who
 
@@ -106,10 +94,18 @@ class Host(Document):
 
 
 class VmCreate(Request):
-    """POST vms: define a VM on ``host`` from the text of its TOML file."""
+    """POST vms: define a VM on ``host`` from the text of its TOML file.
+
+    With ``encrypt`` its disks are encrypted before it can start, under a key of ``provider`` or of the default one;
+    the answer then comes when the conversion has begun (``Vm.conversion``), and a VM whose encryption fails is not
+    kept.
+    """
 
     host: str
     config: str = Field(max_length=65536)
+    encrypt: bool = False
+    provider: str | None = None
+    verify: Verify = "sample"
 
 
 class VmChange(Request):
@@ -132,7 +128,10 @@ class Vm(Document):
     host: str
     state: VmState | None
     migrate_encryption: MigrateEncryption
+    migrate_encryption_before: MigrateEncryption | None = None  # the setting before the VM was encrypted
     encrypted: bool = False
+    encryption: VmEncryption | None = None
+    conversion: UUID | None = None  # the one under way
     config: VmConfig
     hardware: HardwareRecord | None
     message: str = ""
@@ -291,4 +290,4 @@ class Problem(Document):
     slug: str
     todo: str = ""
     migration: UUID | None = None  # of a refused migration: its record
-    findings: list[Finding] = []  # of a refused migration: everything that was found
+    findings: list[Finding] = Field(default=[])  # of a refused migration: everything that was found

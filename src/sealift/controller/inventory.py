@@ -20,8 +20,8 @@ from sealift.controller.models import HostRow, MigrationRow, VmRow
 from sealift.domain.host import HostCapabilities
 from sealift.domain.policy import Capability, HostView, MigrateEncryption
 from sealift.domain.vm import VmConfig, VmState, VmStatus, check_name
+from sealift.domain.vm_file import parse_vm_toml
 from sealift.errors import AlreadyExists, Conflict, NotFound, SealiftError, Unreachable
-from sealift.hypervisor.config import parse_vm_toml
 
 CONFIG = TypeAdapter(VmConfig)
 

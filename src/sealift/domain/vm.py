@@ -34,10 +34,17 @@ class Accelerator(Enum):
 
 @dataclass(frozen=True)
 class Disk:
-    """One disk image; ``path`` is absolute and, to migrate, on a datastore both hosts see."""
+    """One disk image; ``path`` is absolute and, to migrate, on a datastore both hosts see.
+
+    ``dek`` names the data-encryption key of an encrypted one: the image is LUKS (within qcow2, or in place of raw),
+    opened with that key. None: the image is in clear. With ``size_bytes`` an image that is not there is made, empty,
+    when the VM is defined; 0: it must be there.
+    """
 
     path: str
     format: Literal["qcow2", "raw"]
+    dek: UUID | None = None
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,12 @@ class VmConfig:
     network: Network = field(default_factory=Network)
     boot: Boot | None = None
     serial: str = ""  # file that takes the serial console's output; empty: one in the VM's state directory
+    role: Literal["", "controller"] = ""  # "controller": it runs Sealift's controller, and is never encrypted
+
+    @property
+    def deks(self) -> tuple[UUID, ...]:
+        """The data-encryption keys that its disks need, in the order of the disks; empty for a VM in clear."""
+        return tuple(disk.dek for disk in self.disks if disk.dek is not None)
 
     def __post_init__(self) -> None:
         check_name("VM", self.name)
@@ -144,3 +157,5 @@ class VmStatus:
     hardware: HardwareRecord | None  # None until first started
     accelerator: Accelerator | None = None
     message: str = ""  # why it is crashed or paused, when known
+    file: str = ""  # of an encrypted VM: its configuration file as it lies on the host now, byte for byte (latin-1)
+    held: tuple[UUID, ...] = ()  # data-encryption keys of this VM that the host has in memory

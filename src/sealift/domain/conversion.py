@@ -1,0 +1,89 @@
+"""Encrypting, decrypting and deep-rekeying the disks of a stopped VM: each is a full copy into new images.
+
+Both the order of a conversion and what a host reports of it. The keys travel behind the order (``domain.deks``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+from uuid import UUID
+
+from sealift.domain.vm import VmConfig
+
+
+class ConversionKind(Enum):
+    """What is done to the disks."""
+
+    ENCRYPT = "encrypt"
+    DECRYPT = "decrypt"
+    REKEY = "rekey"  # deep: new data-encryption keys, a new LUKS master key, a full copy
+
+
+@dataclass(frozen=True)
+class ConversionOrder:
+    """One conversion. Disk n of ``config`` becomes the image that disk n of the VM is now, under the key it names.
+
+    ``config`` is the VM's configuration afterwards: the same disks at the same paths, other ``dek``s. ``file`` is its
+    configuration file afterwards, byte for byte (latin-1); empty when it is in clear then. A disk with a ``size_bytes``
+    whose image is not there yet is made anew. ``verify``: read back a sample of each new image, or all of it, and
+    compare with the old one before the swap.
+    """
+
+    id: UUID
+    vm: UUID
+    fence: int
+    kind: ConversionKind
+    config: VmConfig
+    file: str
+    verify: Literal["sample", "full"]
+
+
+class ConversionState(Enum):
+    """Where a conversion stands at its host. The old images are in place until SWAPPING, which is durable."""
+
+    COPYING = "copying"
+    VERIFYING = "verifying"
+    SWAPPING = "swapping"  # decided: after a crash the host goes on from here, never back
+    DONE = "done"
+    FAILED = "failed"  # old images in place, nothing of the new ones left
+    CANCELLED = "cancelled"  # the same, because somebody asked
+
+
+CONVERSION_FINAL = frozenset({ConversionState.DONE, ConversionState.FAILED, ConversionState.CANCELLED})
+
+
+@dataclass(frozen=True)
+class ConversionStatus:
+    """A host's report of a conversion; bytes of virtual disk copied so far and in all."""
+
+    id: UUID
+    vm: UUID
+    state: ConversionState
+    done_bytes: int = 0
+    total_bytes: int = 0
+    error_slug: str = ""
+    error: str = ""
+    todo: str = ""
+
+
+@dataclass(frozen=True)
+class DiskFacts:
+    """What a host says of one image and of where it lies, for a plan. Bytes; ``error`` says why the rest is not known.
+
+    ``virtual_bytes`` is the size the guest sees, ``file_bytes`` what the image occupies now. ``filesystem`` is the
+    type in /proc/self/mountinfo; ``shrinks``: the datastore compresses or deduplicates (btrfs, zfs, vdo).
+    """
+
+    path: str
+    exists: bool = False
+    virtual_bytes: int = 0
+    file_bytes: int = 0
+    free_bytes: int = 0
+    filesystem: str = ""
+    shrinks: bool = False
+    block_device: bool = False
+    snapshots: int = 0
+    backing: bool = False  # refers to another file
+    error: str = ""

@@ -1,0 +1,1 @@
+"""Key providers, and what their keys protect: disks' keys, and the configuration files of encrypted VMs."""
