@@ -19,6 +19,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from sealift.domain.deks import Deks
 from sealift.domain.move import Answer, MoveOptions
 from sealift.domain.vm import Accelerator, Boot, Disk, HardwareRecord, VmConfig
 from sealift.errors import (
@@ -59,13 +60,13 @@ class Bench:
     def paths(self, side: str) -> VmPaths:
         return VmPaths(self.root / side, self.root / f"{side}.log", self.root / f"{side}.console")
 
-    async def start(self, record: HardwareRecord, side: str = "a") -> Vm:
-        vm = await self.hypervisor.start(record, self.paths(side))
+    async def start(self, record: HardwareRecord, side: str = "a", deks: Deks | None = None) -> Vm:
+        vm = await self.hypervisor.start(record, self.paths(side), deks or {})
         self.vms.append(vm)
         return vm
 
-    async def incoming(self, record: HardwareRecord, side: str = "b") -> Vm:
-        vm = await self.hypervisor.prepare_incoming(record, self.paths(side))
+    async def incoming(self, record: HardwareRecord, side: str = "b", deks: Deks | None = None) -> Vm:
+        vm = await self.hypervisor.prepare_incoming(record, self.paths(side), deks or {})
         self.vms.append(vm)
         return vm
 
@@ -541,7 +542,7 @@ async def a_socket_path_too_long_is_refused(bench: Bench) -> None:
     record = await bench.hypervisor.freeze(bench.config())
     long = bench.root / ("x" * 110)
     with pytest.raises(SealiftError, match="107"):
-        await bench.hypervisor.start(record, replace(bench.paths("a"), directory=long))
+        await bench.hypervisor.start(record, replace(bench.paths("a"), directory=long), {})
     vm = await bench.incoming(record)
     await vm.configure_target(MoveOptions())
     with pytest.raises(SealiftError, match="107"):

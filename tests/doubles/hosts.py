@@ -22,6 +22,7 @@ from sealift.agent.journal import Journal, MoveRow, VmRow
 from sealift.agent.moves import Moves
 from sealift.agent.settings import AgentSettings
 from sealift.agent.vms import Vms
+from sealift.domain.deks import Deks
 from sealift.domain.move import (
     Answer,
     ChannelLimits,
@@ -267,7 +268,7 @@ class PlayedHypervisor:
     async def check_record(self, record: HardwareRecord) -> None:
         pass
 
-    async def prepare_incoming(self, record: HardwareRecord, paths: VmPaths) -> PlayedVm:
+    async def prepare_incoming(self, record: HardwareRecord, paths: VmPaths, deks: Deks) -> PlayedVm:
         if any(qemu.alive and qemu.host == self._host.name for qemu in World.current.qemus):
             raise Conflict("a process already serves these paths")
         self._fuse.point("before spawn")

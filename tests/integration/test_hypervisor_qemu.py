@@ -393,7 +393,7 @@ async def main():
     hypervisor = QemuHypervisor("qemu-system-x86_64", Accelerator.TCG)
     config = VmConfig("ticker", UUID(sys.argv[2]), 1, int(sys.argv[4]), boot=Boot(sys.argv[3]))
     paths = VmPaths(root / "a", root / "a.log", root / "a.console")
-    vm = await hypervisor.start(await hypervisor.freeze(config), paths)
+    vm = await hypervisor.start(await hypervisor.freeze(config), paths, {})
     await vm.cont_fresh()
     print(json.dumps(dataclasses.asdict(vm.process)), flush=True)
     await asyncio.sleep(600)

@@ -115,7 +115,7 @@ class Moves:
         try:
             self._put(row)
             commits = await asyncio.to_thread(self._log, order, Role.TARGET)
-            vm = await self._hypervisor.prepare_incoming(order.hardware, self._vms.paths(order.vm))
+            vm = await self._hypervisor.prepare_incoming(order.hardware, self._vms.paths(order.vm), {})
             row = replace(marked(row, "qemu"), process=vm.process)
             self._journal.put_move(row)
             relay = await self._start_relay(row, secret, vm)

@@ -171,7 +171,7 @@ class Vms:
             self.check_files(row.config)
             record = await self._hypervisor.freeze(row.config)
             self._put(replace(row, hardware=record, process=None, wanted=True))
-            handle = await self._hypervisor.start(record, self.paths(vm))
+            handle = await self._hypervisor.start(record, self.paths(vm), {})
             self._handles[vm] = handle
             self._put(replace(self._rows[vm], process=handle.process))
             await handle.cont_fresh()

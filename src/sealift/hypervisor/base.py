@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import UUID
 
+from sealift.domain.deks import Deks
 from sealift.domain.move import Answer, MoveOptions, Progress
 from sealift.domain.vm import Accelerator, HardwareRecord, VmConfig
 from sealift.hypervisor.process import ProcessRef
@@ -206,14 +207,16 @@ class Hypervisor(Protocol):
     async def check_record(self, record: HardwareRecord) -> None:
         """Whether this host can build that very hardware; raises HardwareMismatch or AcceleratorUnavailable."""
 
-    async def start(self, record: HardwareRecord, paths: VmPaths) -> Vm:
+    async def start(self, record: HardwareRecord, paths: VmPaths, deks: Deks) -> Vm:
         """Start the VM's process; the guest does not run yet (``prelaunch``): call ``cont_fresh``.
 
-        Raises HypervisorError quoting the last lines of the log, and then nothing of it is left running; Conflict
-        when a process already serves these paths.
+        ``deks`` holds at least the keys of its encrypted disks (``VmConfig.deks``; ``{}`` for a VM in clear); they are
+        read and not wiped. Raises KeysNotHeld, before anything is started, when one is missing; HypervisorError quoting
+        the last lines of the log, or naming the disk that a key does not open, and then nothing of it is left running;
+        Conflict when a process already serves these paths.
         """
 
-    async def prepare_incoming(self, record: HardwareRecord, paths: VmPaths) -> Vm:
+    async def prepare_incoming(self, record: HardwareRecord, paths: VmPaths, deks: Deks) -> Vm:
         """Start a process that can receive the VM (``inmigrate``), not yet listening; errors as for ``start``."""
 
     async def end_stray(self, paths: VmPaths, uuid: UUID) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
+from sealift.domain.deks import Deks
 from sealift.domain.vm import Accelerator, HardwareRecord, VmConfig
 from sealift.errors import (
     AcceleratorUnavailable,
@@ -180,10 +181,10 @@ class QemuHypervisor:
             raise HardwareMismatch(f"VM {name} has a hardware record of format {record.version}, not known here")
         await self._choose(record.accelerator, name)
 
-    async def start(self, record: HardwareRecord, paths: VmPaths) -> QemuVm:
+    async def start(self, record: HardwareRecord, paths: VmPaths, deks: Deks) -> QemuVm:
         return await self._launch(record, paths, incoming=False)
 
-    async def prepare_incoming(self, record: HardwareRecord, paths: VmPaths) -> QemuVm:
+    async def prepare_incoming(self, record: HardwareRecord, paths: VmPaths, deks: Deks) -> QemuVm:
         return await self._launch(record, paths, incoming=True)
 
     async def attach(self, paths: VmPaths, process: ProcessRef, uuid: UUID) -> QemuVm:
