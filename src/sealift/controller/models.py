@@ -63,7 +63,11 @@ class HostRow(Base):
 
 
 class VmRow(Base):
-    """A VM: where it is placed, its setting, and the fence that orders about it carry."""
+    """A VM: where it is placed, its setting, and the fence that orders about it carry.
+
+    Of an encrypted one also what finds its key, and ``config_file``: the last configuration file that we wrote and its
+    host took, byte for byte. Its DEKs are in there, wrapped, and nowhere else.
+    """
 
     __tablename__ = "vms"
 
@@ -75,6 +79,80 @@ class VmRow(Base):
     fence: Mapped[int] = mapped_column(default=1)
     config: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_at: Mapped[float]
+    provider: Mapped[str | None] = mapped_column(String(63), index=True)
+    key_id: Mapped[str | None] = mapped_column(String(128))
+    generation: Mapped[int] = mapped_column(default=0)  # never falls, not even when the VM is decrypted
+    config_file: Mapped[bytes | None] = mapped_column(LargeBinary)
+    setting_before: Mapped[str | None] = mapped_column(String(16))  # migrate_encryption before it was encrypted
+    lock_reason: Mapped[str] = mapped_column(Text, default="")  # empty: its keys can be had, or its host has them
+
+
+class KeyProviderRow(Base):
+    """A key provider. What it keeps secret lies in the state directory, never here. Names are for ever."""
+
+    __tablename__ = "key_providers"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    members: Mapped[list[str]] = mapped_column(JSON)
+    is_default: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[float]
+    exported_at: Mapped[float | None]  # when an export was read back; kmip: None
+
+
+class ConversionRow(Base):
+    """An encryption, decryption or rekey of a VM: what it becomes, written before its host is told.
+
+    ``after_config`` and ``after_file`` become the VM's when the host has done it, and are dropped when it has not.
+    """
+
+    __tablename__ = "conversions"
+    __table_args__ = (
+        Index(
+            "uq_conversions_one_per_vm",
+            "vm",
+            unique=True,
+            sqlite_where=text("finished_at IS NULL"),
+            postgresql_where=text("finished_at IS NULL"),
+        ),
+    )
+
+    id: Mapped[UUID] = mapped_column(Uuid, primary_key=True)
+    vm: Mapped[UUID] = mapped_column(Uuid)
+    vm_name: Mapped[str] = mapped_column(String(63))
+    host: Mapped[UUID] = mapped_column(Uuid)
+    host_name: Mapped[str] = mapped_column(String(63))
+    kind: Mapped[str] = mapped_column(String(16))
+    deep: Mapped[bool]
+    state: Mapped[str] = mapped_column(String(16))
+    verify: Mapped[str] = mapped_column(String(8))
+    done_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    total_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    provider: Mapped[str] = mapped_column(String(63), default="")
+    key_id: Mapped[str] = mapped_column(String(128), default="")
+    old_provider: Mapped[str] = mapped_column(String(63), default="")
+    old_key_id: Mapped[str] = mapped_column(String(128), default="")
+    after_config: Mapped[dict[str, Any]] = mapped_column(JSON)
+    after_file: Mapped[bytes] = mapped_column(LargeBinary)
+    fence: Mapped[int]
+    with_vm: Mapped[bool] = mapped_column(default=False)  # the VM was made for it, and goes with it if it fails
+    findings: Mapped[list[dict[str, str]]] = mapped_column(JSON)
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    error_slug: Mapped[str] = mapped_column(String(64), default="")
+    error: Mapped[str] = mapped_column(Text, default="")
+    todo: Mapped[str] = mapped_column(Text, default="")
+    requested_by: Mapped[str] = mapped_column(String(63))
+    created_at: Mapped[float] = mapped_column(index=True)
+    finished_at: Mapped[float | None]
+
+
+class SettingRow(Base):
+    """A setting of the controller that was changed; what is not here has its default (``domain.settings``)."""
+
+    __tablename__ = "settings"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    value: Mapped[str] = mapped_column(String(200))
 
 
 class MigrationRow(Base):
