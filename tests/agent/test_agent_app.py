@@ -108,7 +108,7 @@ def test_the_answer_to_a_malformed_order_never_quotes_it(
     async def scene(client: httpx2.AsyncClient) -> None:
         order = world.order()
         response = await client.put(
-            f"/v1/moves/{order.attempt}/{role}", content=spoils(encode_spec(order, sealed()))[how]
+            f"/v1/moves/{order.attempt}/{role}", content=spoils(encode_spec(order, sealed(), {}))[how]
         )
         refused(response, 422, "invalid_input")
         said = response.content + capfd.readouterr().err.encode()
@@ -124,7 +124,7 @@ def test_the_answer_to_a_malformed_order_never_quotes_it(
 
 def test_an_order_for_another_attempt_than_its_path_is_refused(world: World) -> None:
     async def scene(client: httpx2.AsyncClient) -> None:
-        body = encode_spec(world.order(), sealed())
+        body = encode_spec(world.order(), sealed(), {})
         refused(await client.put(f"/v1/moves/{uuid4()}/source", content=body), 422, "invalid_input")
         refused(await client.put("/v1/moves/quoted-word/source", content=body), 422, "invalid_input")
         refused(await client.put(f"/v1/moves/{uuid4()}/middle", content=body), 422, "invalid_input")
@@ -136,7 +136,7 @@ def test_an_order_is_taken_once_and_answered_ever_after(world: World) -> None:
     async def scene(client: httpx2.AsyncClient) -> None:
         order = world.order()
         secret = sealed()
-        body = encode_spec(order, secret)
+        body = encode_spec(order, secret, {})
         first = await client.put(f"/v1/moves/{order.attempt}/source", content=body)
         assert first.status_code == 200, first.text
         assert first.json()["role"] == "source"
@@ -147,7 +147,7 @@ def test_an_order_is_taken_once_and_answered_ever_after(world: World) -> None:
         assert (await client.get(f"/v1/moves/{order.attempt}")).json()["role"] == "source"
         stale = world.order(fence=1)
         refused(
-            await client.put(f"/v1/moves/{stale.attempt}/source", content=encode_spec(stale, sealed())),
+            await client.put(f"/v1/moves/{stale.attempt}/source", content=encode_spec(stale, sealed(), {})),
             409,
             "stale_fence",
         )
@@ -163,7 +163,7 @@ def test_an_order_is_taken_once_and_answered_ever_after(world: World) -> None:
 def test_a_plain_order_carries_a_token_and_nothing_else_will_do(world: World) -> None:
     async def scene(client: httpx2.AsyncClient) -> None:
         order: MoveOrder = world.order(protection="plain")
-        good = encode_spec(order, PlainToken(Secret(TOKEN, length=16)))
+        good = encode_spec(order, PlainToken(Secret(TOKEN, length=16)), {})
         refused(await client.put(f"/v1/moves/{order.attempt}/source", content=good + bytes(24)), 422, "invalid_input")
         assert (await client.put(f"/v1/moves/{order.attempt}/source", content=good)).status_code == 200
 

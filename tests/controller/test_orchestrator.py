@@ -682,7 +682,7 @@ def straight_order(agent: FakeAgent, attempt: UUID | None) -> bytes:
         limits=ChannelLimits(),
         hardware=status.hardware,
     )
-    return encode_spec(order, draw_secret("sealed"))
+    return encode_spec(order, draw_secret("sealed"), {})
 
 
 def test_a_restart_before_anything_was_touched(tmp_path: Path) -> None:

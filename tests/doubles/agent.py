@@ -176,7 +176,7 @@ class FakeAgent:
 
     def take(self, attempt: UUID, role: Role, body: bytes) -> MoveStatus:
         """An order to move."""
-        order, secret = decode_spec(body)
+        order, secret, _ = decode_spec(body)
         self.orders.append((role, order))
         self.secrets.append(secret)
         if self.refuse_order is not None:

@@ -133,7 +133,7 @@ def _add_moves(app: FastAPI, agent: Agent) -> None:
 
     @app.put("/v1/moves/{attempt}/{role}")
     async def take(attempt: UUID, role: Role, request: Request) -> MoveStatus:
-        order, secret = decode_spec(await _body(request))
+        order, secret, _ = decode_spec(await _body(request))
         if order.attempt != attempt:
             raise InvalidInput("the order's path and specification name different attempts")
         try:

@@ -109,7 +109,7 @@ class Run:
         watch.row = await self._tools.ledger.begin_attempt(watch.row.id, attempt)
         order = _order(watch.row, planned, self._tools.limits)
         secret = self._tools.draw(order.protection)
-        spec = encode_spec(order, secret)
+        spec = encode_spec(order, secret, {})
         secret.wipe()
         source_may_have_it = False
         try:

@@ -8,6 +8,10 @@ holds it (promise P2).
     0       4     length n of the JSON, big-endian
     4       n     MoveOrder as JSON, UTF-8
     4+n     40    sealed move: key (32 bytes), nonce (8 bytes)   |   plain move: 16 bytes, the one-time token
+    44+n    ...   of an encrypted VM only: the keys of its disks (``domain.deks``), all of them or none
+
+An order to the source carries no keys of disks, and one to a target that holds them already needs none. An encrypted VM
+has no plain order at all (promise P5).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 
+from sealift.domain.deks import Deks, decode_keys, encode_keys, wipe
 from sealift.domain.patience import GIVE_UP_MS, SWITCHOVER_TIMEOUT_MS
 from sealift.domain.vm import HardwareRecord
 from sealift.errors import InvalidInput
@@ -76,6 +81,7 @@ class MoveOrder:
     options: MoveOptions
     limits: ChannelLimits
     hardware: HardwareRecord
+    file: str = ""  # of an encrypted VM: its configuration file, byte for byte (latin-1)
 
 
 @dataclass(frozen=True)
@@ -107,21 +113,40 @@ MoveSecret = SealedSecret | PlainToken
 _ORDER = TypeAdapter(MoveOrder)
 
 
-def encode_spec(order: MoveOrder, secret: MoveSecret) -> bytes:
-    """The body of an order; its secret must fit the order's protection."""
+def refuse_plain(order: MoveOrder) -> None:
+    """Raises InvalidInput for a plain order to move an encrypted VM (promise P5); controller and both hosts ask."""
+    if order.protection == "plain" and order.hardware.config.deks:
+        raise InvalidInput(
+            f"the migration order would move the encrypted VM {order.hardware.config.name} in plain text",
+            todo="an encrypted VM is always moved sealed; plan the migration again",
+        )
+
+
+def encode_spec(order: MoveOrder, secret: MoveSecret, deks: Deks) -> bytes:
+    """The body of an order; its secret must fit the order's protection, and ``deks`` the disks, or be empty.
+
+    Raises ValueError when they do not, InvalidInput for a plain order to move an encrypted VM.
+    """
+    refuse_plain(order)
     if isinstance(secret, SealedSecret) is not (order.protection == "sealed"):
         raise ValueError("the secret does not fit the order's protection")
+    needed = order.hardware.config.deks
+    if deks and set(deks) != set(needed):
+        raise ValueError("the keys are not those of the VM's disks")
     public = _ORDER.dump_json(order)
     match secret:
         case SealedSecret(key, nonce):
             raw = key.reveal() + nonce.reveal()
         case PlainToken(token):
             raw = token.reveal()
-    return struct.pack(">I", len(public)) + public + raw
+    return struct.pack(">I", len(public)) + public + raw + (encode_keys(deks) if needed else b"")
 
 
-def decode_spec(body: bytes) -> tuple[MoveOrder, MoveSecret]:
-    """Parse an order's body; raises InvalidInput, which never quotes what it was given."""
+def decode_spec(body: bytes) -> tuple[MoveOrder, MoveSecret, dict[UUID, Secret]]:
+    """Parse an order's body: the order, its one-time secret, the keys of the VM's disks that came with it.
+
+    Raises InvalidInput, which never quotes what it was given.
+    """
     bad = InvalidInput("the migration order is malformed", todo="controller and agent must be of matching versions")
     if len(body) < 4 or len(body) > MAX_ORDER_BYTES:
         raise bad
@@ -134,14 +159,19 @@ def decode_spec(body: bytes) -> tuple[MoveOrder, MoveSecret]:
         raise bad from None  # the cause would quote the input
     if not 0 <= order.fence < 10**18:
         raise bad
-    raw = body[4 + length :]
-    if order.protection == "sealed" and len(raw) == KEY_BYTES + NONCE_BYTES:
-        return order, SealedSecret(
-            Secret(raw[:KEY_BYTES], length=KEY_BYTES), Secret(raw[KEY_BYTES:], length=NONCE_BYTES)
-        )
-    if order.protection == "plain" and len(raw) == TOKEN_BYTES:
-        return order, PlainToken(Secret(raw, length=TOKEN_BYTES))
-    raise bad
+    refuse_plain(order)
+    sealed, needed = order.protection == "sealed", set(order.hardware.config.deks)
+    raw, size = body[4 + length :], KEY_BYTES + NONCE_BYTES if sealed else TOKEN_BYTES
+    if len(raw) < size or (len(raw) > size and not needed):
+        raise bad
+    deks = decode_keys(raw[size:]) if needed else {}
+    if deks and set(deks) != needed:
+        wipe(deks)
+        raise bad
+    if sealed:
+        key, nonce = Secret(raw[:KEY_BYTES], length=KEY_BYTES), Secret(raw[KEY_BYTES:size], length=NONCE_BYTES)
+        return order, SealedSecret(key, nonce), deks
+    return order, PlainToken(Secret(raw[:size], length=TOKEN_BYTES)), deks
 
 
 class MoveState(Enum):
