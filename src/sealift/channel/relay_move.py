@@ -22,6 +22,7 @@ from typing import Any, Final
 from sealift.channel.carrier import Carrier
 from sealift.channel.control_frames import Message
 from sealift.channel.control_link import ControlLink, Outbox
+from sealift.channel.last_word import close_reason
 from sealift.channel.ledger import Ledger
 from sealift.channel.outages import Outages
 from sealift.channel.protocol import CloseReason
@@ -29,34 +30,12 @@ from sealift.channel.relay_control import EventList
 from sealift.channel.relay_spec import PHASES, RelaySpec
 from sealift.channel.tunnel import LAST_WORDS_S, Tunnel
 from sealift.channel.wire import CONTROL_RECORD_BYTES, CONTROL_WINDOW, RETURN_PATH_BYTES, Counters, shut
-from sealift.errors import (
-    ChannelAborted,
-    ChannelError,
-    InvalidInput,
-    LocalClosed,
-    LocalPeerRefused,
-    PeerClosed,
-    PeerSilent,
-    PeerUnreachable,
-    RecordForged,
-    RecordOversize,
-    RecordUnexpected,
-    SealiftError,
-    StreamTruncated,
-)
+from sealift.errors import ChannelAborted, ChannelError, InvalidInput, LocalClosed, PeerClosed, PeerSilent, SealiftError
 
 _LAST_RECORDS_S: Final = 0.5
 """How long senders that may be stuck behind a full socket have to say goodbye."""
 _FLUSH_S: Final = 2.0
 """How long an orderly close waits for the peer to have taken the last message."""
-
-_REASONS: Final[list[tuple[tuple[type[SealiftError], ...], CloseReason]]] = [
-    ((ChannelAborted,), CloseReason.MOVE_ENDED),
-    ((RecordForged, RecordOversize, RecordUnexpected), CloseReason.RECORD_REFUSED),
-    ((LocalClosed, LocalPeerRefused), CloseReason.LOCAL_BROKEN),
-    ((PeerSilent,), CloseReason.PEER_SILENT),
-    ((StreamTruncated, PeerClosed, PeerUnreachable), CloseReason.OTHER_CHANNEL),
-]
 
 
 class Move:
@@ -262,10 +241,7 @@ class Move:
     @property
     def close_reason(self) -> CloseReason:
         """What the peer is told of the move's end."""
-        for classes, reason in _REASONS:
-            if isinstance(self._error, classes):
-                return reason
-        return CloseReason.INTERNAL
+        return close_reason(self._error)
 
     def fail(self, error: SealiftError) -> None:
         """End the move badly; only the first error counts. Returns when the local sockets are closed."""
