@@ -7,13 +7,15 @@
  *   sl.hot=MB       rewrite only the first so many (default: all of it)
  *   sl.check=MBPS   how much to verify each second (default 32; 0 = as fast as it goes)
  *   sl.tick=MS      time between two ticks (default 50)
- *   sl.disk=1       write a numbered block to /dev/vda each 100 ms, past the page cache, and read it back
+ *   sl.disk=1       write a numbered block to /dev/vda each 100 ms, durably, and read it back
  *
  * Lines on the console, each written whole:
  *   READY                              memory is filled
  *   TICK n ms                          n counts from 1; ms on the guest's monotonic clock since its boot
  *   CHECK pass=n pages=n bad=n         after each pass over all pages; bad counts since the start
  *   BAD page=n version=n               for the first few wrong pages
+ *   FOUND blocks=n bad=n last=n        what lay on the disk at the start: blocks of this secret, those of them that are
+ *                                      not as they were written, and the highest number, from which it goes on
  *   DISK n ok|bad                      after each block
  *   FATAL why                          nothing more will come
  *
@@ -23,6 +25,7 @@
  * with  hash      = FNV-1a-64 of the secret's bytes
  *       marker[i] = splitmix(hash + i + 1), i = 0..3
  *       splitmix  = the output function of splitmix64 (add 0x9e3779b97f4a7c15, then the two multiplications)
+ * A block on the disk is such a page too, see SLOTS_MAX below.
  * Versions are kept in a table of their own, so a page that a migration lost or left stale does not match. guest.py
  * computes the same marker.
  */
@@ -133,14 +136,13 @@ static uint64_t next(uint64_t x) {
   return x ^ (x << 17);
 }
 
-static void write_page(long page, uint32_t version) {
-  uint64_t *words = memory + page * WORDS, x = seed(page, version);
+static void fill(uint64_t *words, long page, uint32_t version) {
+  uint64_t x = seed(page, version);
   for (int i = 0; i < MARKER_WORDS; i++) words[i] = marker[i];
   for (int i = MARKER_WORDS; i < WORDS; i++) words[i] = x = next(x);
 }
 
-static int page_is_right(long page, uint32_t version) {
-  const uint64_t *words = memory + page * WORDS;
+static int is_right(const uint64_t *words, long page, uint32_t version) {
   uint64_t x = seed(page, version), wrong = 0;
   for (int i = 0; i < MARKER_WORDS; i++) wrong |= words[i] ^ marker[i];
   for (int i = MARKER_WORDS; i < WORDS; i++) {
@@ -192,7 +194,7 @@ _Noreturn static void *dirtier(void *unused) {
   struct pace pace = pace_of(number("sl.dirty", 0));
   for (long page = 0;; page = (page + 1) % hot) {
     pthread_mutex_lock(&stripes[page % STRIPES]);
-    write_page(page, ++versions[page]);
+    fill(memory + page * WORDS, page, ++versions[page]);
     pthread_mutex_unlock(&stripes[page % STRIPES]);
     keep_pace(&pace);
   }
@@ -206,7 +208,7 @@ _Noreturn static void *checker(void *unused) {
     for (long page = 0; page < pages; page++) {
       pthread_mutex_lock(&stripes[page % STRIPES]);
       uint32_t version = versions[page];
-      int right = page_is_right(page, version);
+      int right = is_right(memory + page * WORDS, page, version);
       pthread_mutex_unlock(&stripes[page % STRIPES]);
       if (!right && ++bad <= 5) say("BAD page=%ld version=%u\n", page, version);
       if (rate > 0) keep_pace(&pace);
@@ -215,30 +217,71 @@ _Noreturn static void *checker(void *unused) {
   }
 }
 
-/* Block n goes to slot n % slots; read back at once, and one older slot against the number it must hold. */
+/* Block n lies in slot n % slots: the page (slot, n), but for the first word after the marker, which is n. */
+enum { NUMBER = MARKER_WORDS, SLOTS_MAX = 1024, CHUNK = 64 };
+
+static void fill_block(uint64_t *block, long slot, long n) {
+  fill(block, slot, (uint32_t)n);
+  block[NUMBER] = (uint64_t)n;
+}
+
+/* The number of the block in this slot: 0 when none of ours is there, -1 when one of ours is there and not right. */
+static long number_of(uint64_t *block, long slot, long slots) {
+  if (memcmp(block, marker, sizeof marker)) return 0;
+  long n = (long)block[NUMBER];
+  uint64_t wanted[WORDS];
+  fill_block(wanted, slot, n);
+  return n > 0 && n % slots == slot && !memcmp(block, wanted, PAGE) ? n : -1;
+}
+
+/* Fills `held`, the number of the block in each slot; answers the highest. A block that is older than the one written
+ * last to its slot is bad as well: numbers are given out without a gap. */
+static long take_stock(int disk, long slots, long *held) {
+  uint64_t *in = aligned_alloc(PAGE, CHUNK * PAGE);
+  long last = 0, right = 0, bad = 0;
+  if (!in) fatal("no memory", 0);
+  for (long slot = 0; slot < slots; slot++) {
+    long left = slots - slot < CHUNK ? slots - slot : CHUNK;
+    if (slot % CHUNK == 0 && pread(disk, in, (size_t)left * PAGE, (off_t)slot * PAGE) != left * PAGE)
+      fatal("cannot read block", slot);
+    held[slot] = number_of(in + slot % CHUNK * WORDS, slot, slots);
+    if (held[slot] > last) last = held[slot];
+  }
+  free(in);
+  for (long slot = 0; slot < slots; slot++) {
+    long wanted = last - (last - slot + slots) % slots;
+    if (held[slot] > 0 && held[slot] == wanted) right++;
+    else if (held[slot] || wanted > 0) bad++;
+    if (held[slot] < 0) held[slot] = 0;
+  }
+  say("FOUND blocks=%ld bad=%ld last=%ld\n", right, bad, last);
+  return last;
+}
+
+/* Writes each block durably, reads it back at once, and one older slot as well. */
 _Noreturn static void *disk_writer(void *unused) {
   (void)unused;
   int disk = -1;
-  for (int i = 0; i < 100 && (disk = open("/dev/vda", O_RDWR | O_DIRECT)) < 0; i++) usleep(50000);
+  for (int i = 0; i < 100 && (disk = open("/dev/vda", O_RDWR | O_DIRECT | O_DSYNC)) < 0; i++) usleep(50000);
   uint64_t size = 0;
   if (disk < 0 || ioctl(disk, BLKGETSIZE64, &size) < 0 || size < PAGE) fatal("no disk", disk);
-  long slots = size / PAGE < 1024 ? (long)(size / PAGE) : 1024;
+  long slots = size / PAGE < SLOTS_MAX ? (long)(size / PAGE) : SLOTS_MAX;
   long *held = calloc((size_t)slots, sizeof *held);
   uint64_t *out = aligned_alloc(PAGE, PAGE), *in = aligned_alloc(PAGE, PAGE);
   if (!held || !out || !in) fatal("no memory", 0);
+  long last = take_stock(disk, slots, held);
   uint64_t random = seed(0, 0);
   int64_t due = now_us();
-  for (long n = 1;; n++) {
+  for (long n = last + 1;; n++) {
     long slot = n % slots;
-    uint64_t x = seed(slot, (uint32_t)n);
-    out[0] = (uint64_t)n;
-    for (int i = 1; i < WORDS; i++) out[i] = x = next(x);
+    fill_block(out, slot, n);
     int right = pwrite(disk, out, PAGE, (off_t)slot * PAGE) == PAGE;
     held[slot] = n;
     right = right && pread(disk, in, PAGE, (off_t)slot * PAGE) == PAGE && !memcmp(in, out, PAGE);
     random = next(random);
     long older = (long)(random % (uint64_t)slots);
-    if (held[older]) right = right && pread(disk, in, PAGE, (off_t)older * PAGE) == PAGE && in[0] == (uint64_t)held[older];
+    if (held[older])
+      right = right && pread(disk, in, PAGE, (off_t)older * PAGE) == PAGE && number_of(in, older, slots) == held[older];
     say("DISK %ld %s\n", n, right ? "ok" : "bad");
     due += 100000;
     int64_t now = now_us();
@@ -301,7 +344,7 @@ int main(void) {
   madvise(memory, (size_t)pages * PAGE, MADV_HUGEPAGE); /* far fewer page faults, which are slow under TCG */
   start(ticker);
   start(buttons);
-  for (long page = 0; page < pages; page++) write_page(page, 0);
+  for (long page = 0; page < pages; page++) fill(memory + page * WORDS, page, 0);
   say("READY\n");
   if (number("sl.dirty", 0) > 0) start(dirtier);
   if (number("sl.disk", 0)) start(disk_writer);

@@ -71,7 +71,7 @@ class GuestImage:
 
 
 def marker(secret: bytes) -> bytes:
-    """The 32 bytes that begin every page the guest fills from ``secret``; guest.c says how they derive."""
+    """The 32 bytes that begin every page and every block of its disk that the guest fills from ``secret`` (guest.c)."""
     folded = 0xCBF29CE484222325  # FNV-1a
     for byte in secret:
         folded = (folded ^ byte) * 0x100000001B3 & _MASK
