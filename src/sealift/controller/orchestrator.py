@@ -14,6 +14,7 @@ from sealift.controller.ledger import Ledger, Wish, new_row
 from sealift.controller.models import MigrationRow
 from sealift.controller.planning import make_plan
 from sealift.controller.run import Draw, Run, Tools, options_of, plan_fields
+from sealift.controller.settings import ControllerSettings
 from sealift.controller.watch import Pace
 from sealift.domain.lifecycle import CANCELLABLE, FINAL, State
 from sealift.domain.move import (
@@ -50,13 +51,14 @@ class Orchestrator:
         self,
         ledger: Ledger,
         inventory: Inventory,
+        settings: ControllerSettings,
         *,
         draw: Draw = draw_secret,
         pace: Pace | None = None,
         limits: ChannelLimits | None = None,
     ) -> None:
-        self._ledger, self._inventory = ledger, inventory
-        self._tools = Tools(ledger, inventory, draw, pace or Pace(), limits or ChannelLimits())
+        self._ledger, self._inventory, self._settings = ledger, inventory, settings
+        self._tools = Tools(ledger, inventory, settings, draw, pace or Pace(), limits or ChannelLimits())
         self._runs: dict[UUID, Run] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -78,7 +80,8 @@ class Orchestrator:
         vm, source = await self._inventory.placed(wish.vm)
         target = await self._inventory.host_row(wish.to)
         row = new_row(wish, vm, source, target)
-        planned = await make_plan(self._inventory, vm, source, target, options_of(row), row.channels)
+        floor = await self._settings.migration_floor()
+        planned = await make_plan(self._inventory, vm, source, target, options_of(row), row.channels, floor=floor)
         state = State.REFUSED if isinstance(planned.plan, Refused) else State.PLANNED
         for name, value in plan_fields(planned).items():
             setattr(row, name, value)

@@ -32,7 +32,14 @@ class Planned:
 
 
 async def make_plan(
-    inventory: Inventory, vm: VmRow, source: HostRow, target: HostRow, options: MoveOptions, channels: int
+    inventory: Inventory,
+    vm: VmRow,
+    source: HostRow,
+    target: HostRow,
+    options: MoveOptions,
+    channels: int,
+    *,
+    floor: MigrateEncryption,
 ) -> Planned:
     """Every check that can be made without moving a byte; its result never depends on an earlier answer of a host."""
     seen_source, seen_target = await asyncio.gather(inventory.look(source), inventory.look(target))
@@ -62,6 +69,7 @@ async def make_plan(
     plan = decide(
         MigrateEncryption(vm.migrate_encryption),
         encrypted=vm.encrypted,
+        floor=floor,
         source=seen_source.view,
         target=seen_target.view,
     )

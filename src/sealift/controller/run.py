@@ -17,6 +17,7 @@ from sealift.controller.judge import TARGET_OUT
 from sealift.controller.ledger import Ledger
 from sealift.controller.models import MigrationRow
 from sealift.controller.planning import Planned, make_plan
+from sealift.controller.settings import ControllerSettings
 from sealift.controller.watch import Pace, Watch, failure_of
 from sealift.domain.lifecycle import Event, State
 from sealift.domain.move import (
@@ -45,6 +46,7 @@ class Tools:
 
     ledger: Ledger
     inventory: Inventory
+    settings: ControllerSettings
     draw: Draw
     pace: Pace
     limits: ChannelLimits
@@ -85,7 +87,8 @@ class Run:
         watch, row = self.watch, self.watch.row
         vm = await self._tools.ledger.vm(row)
         source, target = watch.host(Role.SOURCE), watch.host(Role.TARGET)
-        planned = await make_plan(self._tools.inventory, vm, source, target, options_of(row), row.channels)
+        floor = await self._tools.settings.migration_floor()
+        planned = await make_plan(self._tools.inventory, vm, source, target, options_of(row), row.channels, floor=floor)
         fields = plan_fields(planned)
         route = f"VM {row.vm_name} from {row.source_name} to {row.target_name}"
         match planned.plan:

@@ -12,11 +12,14 @@ from sealift.controller.access import Access
 from sealift.controller.authority import Authority, load_authority
 from sealift.controller.events import EventLog
 from sealift.controller.inventory import Inventory
+from sealift.controller.keyring import Keyring
 from sealift.controller.ledger import Ledger
 from sealift.controller.link import Links
 from sealift.controller.orchestrator import Orchestrator, draw_secret
+from sealift.controller.providers import Providers
 from sealift.controller.recovery import recover
 from sealift.controller.run import Draw
+from sealift.controller.settings import ControllerSettings
 from sealift.controller.store import Store, open_store
 from sealift.controller.watch import Pace
 from sealift.domain.move import ChannelLimits
@@ -78,6 +81,9 @@ class Services:
     inventory: Inventory
     ledger: Ledger
     orchestrator: Orchestrator
+    settings_store: ControllerSettings
+    providers: Providers
+    keyring: Keyring
 
     async def start(self) -> None:
         """Take up what an earlier life left unfinished."""
@@ -86,6 +92,7 @@ class Services:
     async def close(self) -> None:
         """Stop watching migrations, and close connections and database."""
         await self.orchestrator.stop()
+        await self.providers.close()
         await self.links.close()
         await self.store.close()
 
@@ -103,6 +110,8 @@ async def open_services(
     store = await open_store(state / "controller.db")
     events, links = EventLog(store), Links(authority)
     inventory, ledger = Inventory(events, links), Ledger(events)
+    settings_store = ControllerSettings(events)
+    providers = Providers(events, state / "providers")
     return Services(
         settings=settings,
         authority=authority,
@@ -112,5 +121,8 @@ async def open_services(
         access=Access(events, authority),
         inventory=inventory,
         ledger=ledger,
-        orchestrator=Orchestrator(ledger, inventory, draw=draw, pace=pace, limits=limits),
+        orchestrator=Orchestrator(ledger, inventory, settings_store, draw=draw, pace=pace, limits=limits),
+        settings_store=settings_store,
+        providers=providers,
+        keyring=Keyring(providers),
     )

@@ -1,4 +1,7 @@
-"""May this VM move, and sealed or plain? ``decide`` is pure and total (promises P1 and P5)."""
+"""May this VM move, and sealed or plain? ``decide`` is pure and total (promises P1 and P5).
+
+Besides each VM's setting there may be a floor of the whole controller that no VM can undercut; the stricter one holds.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,16 @@ from enum import Enum
 
 
 class MigrateEncryption(Enum):
-    """The setting of each VM, as in vSphere."""
+    """The setting of each VM, as in vSphere, from the laxest to the strictest."""
 
     DISABLED = "disabled"
     OPPORTUNISTIC = "opportunistic"
     REQUIRED = "required"
+
+
+def stricter(one: MigrateEncryption, other: MigrateEncryption) -> MigrateEncryption:
+    """Whichever of two settings demands more."""
+    return max(one, other, key=list(MigrateEncryption).index)
 
 
 class Capability(Enum):
@@ -58,11 +66,14 @@ class HostView:
     versions: tuple[int, ...]
 
 
-def decide(setting: MigrateEncryption, *, encrypted: bool, source: HostView, target: HostView) -> Plan:
+def decide(
+    setting: MigrateEncryption, *, encrypted: bool, floor: MigrateEncryption, source: HostView, target: HostView
+) -> Plan:
     """The plan for a move, with its reason in words. Raises nothing; there is no default outcome.
 
-    Order of the rules: what is unknown is refused; a lost capability is refused; then the setting (an encrypted VM's
-    is always ``required``) meets the two hosts.
+    ``floor`` is the controller's, and ``DISABLED`` is none. Order of the rules: what is unknown is refused; a lost
+    capability is refused; then the stricter of setting and floor (an encrypted VM's is always ``required``) meets the
+    two hosts. The reason says whether the VM's encryption, its setting, or the floor decided.
     """
     for host in (source, target):
         if host.capability is Capability.UNKNOWN:
@@ -75,14 +86,14 @@ def decide(setting: MigrateEncryption, *, encrypted: bool, source: HostView, tar
                 f"host {host.name} could seal moves before and now says it cannot",
                 f"find out why; `sealift host accept {host.name}` takes it as it is",
             )
-    must = encrypted or setting is MigrateEncryption.REQUIRED
-    who = "the VM is encrypted" if encrypted else f"the VM's setting is {setting.value}"
-    if setting is MigrateEncryption.DISABLED and not encrypted:
-        return Plain("the VM's setting is disabled")
+    strictest = MigrateEncryption.REQUIRED if encrypted else stricter(setting, floor)
+    who = _who(setting, encrypted=encrypted, floor=floor)
+    if strictest is MigrateEncryption.DISABLED:
+        return Plain(who)
     incapable = [host.name for host in (source, target) if host.capability is Capability.INCAPABLE]
     if incapable:
         hosts = " and ".join(incapable)
-        if must:
+        if strictest is MigrateEncryption.REQUIRED:
             return Refused(
                 f"{who}, and {hosts} cannot seal a move",
                 f"enable the sealed channel on {hosts}, or choose another host",
@@ -96,3 +107,12 @@ def decide(setting: MigrateEncryption, *, encrypted: bool, source: HostView, tar
             "upgrade the older agent",
         )
     return Sealed(max(common), f"{who}, and both hosts can seal")
+
+
+def _who(setting: MigrateEncryption, *, encrypted: bool, floor: MigrateEncryption) -> str:
+    """What decides how strict a move is; where VM and floor demand the same, the VM does."""
+    if encrypted:
+        return "the VM is encrypted"
+    if stricter(setting, floor) is setting:
+        return f"the VM's setting is {setting.value}"
+    return f"the floor of this controller is {floor.value} (the VM's setting is {setting.value})"
