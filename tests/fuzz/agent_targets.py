@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import tomllib
 from contextlib import suppress
 from copy import deepcopy
 from uuid import UUID
@@ -14,8 +15,7 @@ from sealift.agent.commitlog import SLOT_BYTES, SLOTS, Mark, decode, encode_slot
 from sealift.channel.protocol import MAX_REKEY_BYTES, SPEC_BYTES, Plan
 from sealift.channel.relay_spec import RelaySpec, encode_handover, read_plain, read_sealed
 from sealift.domain.token import parse_token
-from sealift.domain.vm import VmConfig
-from sealift.domain.vm_file import parse_vm_toml
+from sealift.domain.vm_file import dump_vm_toml, parse_vm_table, parse_vm_toml
 from sealift.errors import InvalidInput, SealiftError, TokenInvalid
 from support.channel_pair import SPEC
 
@@ -88,25 +88,7 @@ def vm_file(data: bytes) -> None:
     else:
         said = ""
     assert not said or said.isprintable()
-    assert said or parse_vm_toml(_toml(config), new_uuid=UUID(int=0), mac="") == config
-
-
-def _toml(config: VmConfig) -> str:
-    network, boot = config.network, config.boot
-    lines = [
-        _line(name=config.name, uuid=str(config.uuid), vcpus=config.vcpus, memory=f"{config.memory_bytes >> 10}KiB"),
-        _line(machine=config.machine, cpu=config.cpu, accelerator=config.accelerator.value, serial=config.serial),
-        "[network]",
-        _line(kind=network.kind, bridge=network.bridge, **({"mac": network.mac} if network.mac else {})),
-        *(f"[[disks]]\n{_line(path=disk.path, format=disk.format)}" for disk in config.disks),
-    ]
-    if boot is not None:
-        lines += ["[boot]", _line(kernel=boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline)]
-    return "\n".join(lines)
-
-
-def _line(**values: str | int) -> str:
-    return "\n".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items())
+    assert said or parse_vm_table(tomllib.loads(dump_vm_toml(config))["vm"]) == config
 
 
 def join_token(data: bytes) -> None:

@@ -35,7 +35,12 @@ configs = st.builds(
     network=st.sampled_from(
         [Network(), Network("user", mac="52:54:00:00:00:01"), Network("bridge", "br0", "52:54:00:00:00:02")]
     ),
-    boot=st.one_of(st.none(), st.builds(Boot, paths_of_files, paths_of_files, st.text(max_size=10))),
+    boot=st.one_of(
+        st.none(),
+        st.builds(
+            Boot, paths_of_files, paths_of_files, st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=10)
+        ),
+    ),
     serial=st.one_of(st.just(""), paths_of_files),
 )
 

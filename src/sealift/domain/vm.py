@@ -13,6 +13,9 @@ from sealift.errors import InvalidInput
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """Names of VMs and hosts: they become file names and host names, so only what is safe in both."""
 
+MAX_BYTES = 1 << 50
+"""Of memory and of a disk: 1 PiB, beyond what QEMU runs, and short enough to be written in any unit of a VM file."""
+
 
 def check_name(kind: str, name: str) -> str:
     """``name`` itself; raises InvalidInput when it is not a name of 1-63 letters, digits, dots, dashes, underscores."""
@@ -92,18 +95,25 @@ class VmConfig:
         if not 1 <= self.vcpus <= 512:
             # Not quoted: Python refuses to write a number of more than 4300 digits.
             raise InvalidInput(f"VM {self.name}: the number of vcpus is out of range", todo="give 1 to 512")
-        if self.memory_bytes < 16 << 20 or self.memory_bytes % 8192:
+        if not 16 << 20 <= self.memory_bytes <= MAX_BYTES or self.memory_bytes % 8192:
             raise InvalidInput(
-                f"VM {self.name}: memory is {self.memory_bytes} bytes", todo="give 16 MiB or more, a multiple of 8 KiB"
+                f"VM {self.name}: memory is {self.memory_bytes} bytes",
+                todo="give 16 MiB or more, a multiple of 8 KiB, at most 1 PiB",
+            )
+        if any(not 0 <= disk.size_bytes <= MAX_BYTES or disk.size_bytes % 512 for disk in self.disks):
+            raise InvalidInput(
+                f"VM {self.name}: the size of a disk is not valid", todo="give a multiple of 512 bytes, at most 1 PiB"
             )
         paths = [disk.path for disk in self.disks]
         if self.boot:
             paths += [path for path in (self.boot.kernel, self.boot.initrd) if path]
+            if not _on_one_line(self.boot.cmdline):
+                raise InvalidInput(f"VM {self.name}: the kernel's command line has a control character")
         if self.serial:
             paths.append(self.serial)
         for path in paths:
-            # A comma separates options on QEMU's command line; a control character could end a line in a log.
-            if not path.startswith("/") or "," in path or any(ord(char) < 32 for char in path):
+            # A comma separates options on QEMU's command line.
+            if not path.startswith("/") or "," in path or not _on_one_line(path):
                 raise InvalidInput(
                     f"VM {self.name}: a path is not absolute or has a comma or control character",
                     todo="give absolute paths without commas",
@@ -115,6 +125,21 @@ class VmConfig:
             raise InvalidInput(f"VM {self.name}: the network names no valid bridge", todo='set bridge = "br0"')
         if self.network.mac and not re.fullmatch(r"([0-9a-f]{2}:){5}[0-9a-f]{2}", self.network.mac):
             raise InvalidInput(f"VM {self.name}: the MAC address is not valid", todo="write it as 52:54:00:12:34:56")
+        if self.network.bridge and self.network.kind != "bridge":
+            raise InvalidInput(
+                f"VM {self.name}: a bridge is named for another kind of network", todo='set kind = "bridge"'
+            )
+        if self.network.mac and self.network.kind == "none":
+            raise InvalidInput(
+                f"VM {self.name}: network.mac is set without a network", todo="choose a kind, or remove it"
+            )
+        if re.match(r"[0-9a-f][13579bdf]", self.network.mac):
+            raise InvalidInput(f"VM {self.name}: network.mac is a group address", todo="begin it with 52:54:00")
+
+
+def _on_one_line(text: str) -> bool:
+    """Whether ``text`` can stand in a file, a log and an argument: no control character, nothing beyond UTF-8."""
+    return not any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) < 0xE000 for char in text)
 
 
 @dataclass(frozen=True)
