@@ -56,10 +56,15 @@ class Console:
         self._stop.set()
         self._thread.join()
 
-    def wait_for(self, text: str, timeout: float) -> bool:
-        """Whether a line containing ``text`` has come, or comes within ``timeout`` seconds."""
+    def wait_for(self, text: str, timeout: float, *, count: int = 1) -> bool:
+        """Whether ``count`` lines containing ``text`` have come, or come within ``timeout`` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: any(text in line for line in self._lines), timeout)
+            return self._changed.wait_for(lambda: sum(text in line for line in self._lines) >= count, timeout)
+
+    def count(self, text: str) -> int:
+        """How many lines containing ``text`` have come."""
+        with self._changed:
+            return sum(text in line for line in self._lines)
 
     def wait_for_ticks(self, count: int, timeout: float) -> bool:
         """Whether ``count`` more ticks come within ``timeout`` seconds."""
