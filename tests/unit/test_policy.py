@@ -1,4 +1,4 @@
-"""``decide`` over every setting and floor, both hosts' capabilities, and encryption: nothing left to chance (P1, P5)."""
+"""``decide`` over every setting and floor, both hosts' capabilities, encryption: nothing is left to chance (P1, P5)."""
 
 from __future__ import annotations
 
