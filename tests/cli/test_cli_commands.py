@@ -72,7 +72,7 @@ def test_the_life_of_a_vm(deployment: Deployment, sealift: CommandLine, tmp_path
     assert "sealift vm start web" in created.stdout
     assert "running on a" in sealift.says("vm", "start", "web")
     _, row = sealift.says("vm", "list").splitlines()
-    assert row.split()[:6] == ["web", "running", "a", "opportunistic", "2", "512"]
+    assert row.split()[:7] == ["web", "running", "no", "a", "opportunistic", "2", "512"]
     sealift.says("vm", "set", "web", "--migrate-encryption", "required")
     assert sealift.json("vm", "show", "web")["migrate_encryption"] == "required"
     shown = sealift.says("vm", "show", "web")

@@ -10,16 +10,20 @@ from typing import Any, NoReturn
 import click
 
 from sealift import __version__
+from sealift.cli.conversions import conversion
+from sealift.cli.encryption import decrypt, encrypt, rekey, restore_config
 from sealift.cli.events import events
 from sealift.cli.hosts import host
+from sealift.cli.key_providers import key_provider
 from sealift.cli.login import login
 from sealift.cli.migrations import migrate, migration
 from sealift.cli.output import Output
+from sealift.cli.settings import settings
 from sealift.cli.vms import vm
 from sealift.errors import SealiftError
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it; `migrate` has its own (see ``cli.watching``)."""
+"""Exit code after Ctrl-C, as shells have it; `migrate` has its own (see ``cli.following``)."""
 
 
 class Root(click.Group):
@@ -40,8 +44,10 @@ def cli() -> None:
     """Move running virtual machines between QEMU/KVM hosts, every byte sealed."""
 
 
-for command in (login, host, vm, migrate, migration, events):
+for command in (login, host, vm, migrate, migration, key_provider, conversion, settings, events):
     cli.add_command(command)
+for command in (encrypt, decrypt, rekey, restore_config):
+    vm.add_command(command)
 
 
 def run(group: click.Group, arguments: Sequence[str] | None = None) -> NoReturn:

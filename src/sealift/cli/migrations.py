@@ -9,6 +9,7 @@ import click
 
 from sealift.cli import quantities
 from sealift.cli.credentials import connect
+from sealift.cli.following import Interrupts
 from sealift.cli.output import Output, json_option, pass_output
 from sealift.domain.patience import GIVE_UP_MS, SWITCHOVER_TIMEOUT_MS
 from sealift.errors import InvalidInput, NotFound, PlanRefused
@@ -70,7 +71,7 @@ def migrate(
     from sealift.cli import watching
 
     wish = _wish(vm=name, to=target, dry_run=dry_run, channels=channels, **figures)
-    with connect() as client, watching.Interrupts() as interrupts:
+    with connect() as client, Interrupts() as interrupts:
         made = client.migrate(wish)
         if dry_run:
             _show_plan(output, made)
@@ -203,7 +204,7 @@ def watch(output: Output, identifier: str) -> None:
     """Follow a migration to its end; Ctrl-C only stops following."""
     from sealift.cli import watching
 
-    with connect() as client, watching.Interrupts() as interrupts:
+    with connect() as client, Interrupts() as interrupts:
         watching.watch(client, _find(client, identifier), output, interrupts, cancel=False)
 
 

@@ -15,6 +15,7 @@ from sealift.errors import SealiftError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from sealift.api.encryption import ConversionFinding
     from sealift.api.schemas import Finding, Problem
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -75,7 +76,12 @@ class Output:
         for name, value in shown:
             click.echo(f"{click.style(name.ljust(width), bold=True)}  {value}")
 
-    def findings(self, findings: Iterable[Finding], *, err: bool = False) -> None:
+    def block(self, text: str) -> None:
+        """Lines for people as they are, such as a certificate."""
+        for line in text.splitlines():
+            self.say(line)
+
+    def findings(self, findings: Iterable[Finding | ConversionFinding], *, err: bool = False) -> None:
         """What a plan found, errors in red."""
         for found in findings:
             colour = "red" if found.severity == "error" else "yellow"

@@ -1,23 +1,18 @@
 """Following one migration: a live bar on a terminal, a line per phase elsewhere, and one line at the end.
 
-Ctrl-C while following: the first asks the controller to cancel (or, for an onlooker, stops following), the second stops
-following at once. Neither interrupts a request half way: the handler only counts and wakes the loop, except that the
-second one raises KeyboardInterrupt, since then nobody waits for an answer any more.
+What Ctrl-C does is in ``cli.following``.
 """
 
 from __future__ import annotations
 
-import os
-import select
-import signal
 import sys
 import time
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from sealift.cli import quantities
+from sealift.cli.following import DETACHED, POLL_S, Bar, Interrupts, Silence, View
 from sealift.cli.output import Output, clean
 from sealift.errors import (
     ControllerUnreachable,
@@ -33,15 +28,11 @@ if TYPE_CHECKING:
     from sealift.api.schemas import Migration
     from sealift.client import Client
 
-POLL_S = 0.3
 UNSETTLED_S = 10.0
 """How long an outcome may be unknown before we stop waiting for it to be settled."""
 
 DOWN_AGAIN_S = 10.0
 """How often it is said again, line by line, that the link is down."""
-
-DETACHED = 130
-"""Exit code when Ctrl-C ended the following, not the migration."""
 
 ENDS: dict[str, type[SealiftError]] = {
     "refused": PlanRefused,
@@ -51,61 +42,6 @@ ENDS: dict[str, type[SealiftError]] = {
     "outcome_unknown": OutcomeUnknown,
 }
 """The error that each end other than done is shown as, and exits with."""
-
-
-class Interrupts:
-    """Counts Ctrl-C while it is entered; the second one raises KeyboardInterrupt."""
-
-    def __enter__(self) -> Interrupts:
-        self.count = 0
-        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._before = signal.signal(signal.SIGINT, self._interrupted)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._before)
-        os.close(self._reader)
-        os.close(self._writer)
-
-    def _interrupted(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        os.write(self._writer, b"\0")
-        if self.count > 1:
-            raise KeyboardInterrupt
-
-    def wait(self, seconds: float) -> None:
-        """Wait so long, or until Ctrl-C."""
-        if select.select([self._reader], [], [], seconds)[0]:
-            os.read(self._reader, 64)
-
-
-class View(Protocol):
-    """Shows a migration while it runs."""
-
-    def show(self, now: Migration) -> None:
-        """It stands like this now."""
-
-    def note(self, text: str) -> None:
-        """Something to tell between."""
-
-    def close(self) -> None:
-        """No more."""
-
-
-class Silence:
-    """For scripts that wait for the record."""
-
-    def show(self, now: Migration) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """On standard error, where it is in nobody's way."""
-        click.echo(f"sealift: {clean(text)}", err=True)
-
-    def close(self) -> None:
-        """Nothing."""
 
 
 class Lines:
@@ -146,36 +82,13 @@ class Lines:
         """Nothing."""
 
 
-class Bar:
+class MigrationBar(Bar):
     """The live bar: phase, bytes, rate, how long still."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=Console(file=sys.stdout, highlight=False),
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=None, figures="")
-        self._progress.start()
 
     def show(self, now: Migration) -> None:
         """Draw it anew."""
         figures, done, total = figures_of(now)
-        phase = f"[bold]{now.state.value}[/]" + (" (cancelling)" if now.cancel_requested else "")
-        self._progress.update(self._task, description=phase, figures=figures, completed=done, total=total)
-
-    def note(self, text: str) -> None:
-        """Above the bar."""
-        self._progress.console.print(clean(text), markup=False)
-
-    def close(self) -> None:
-        """Wipe the bar away."""
-        self._progress.stop()
+        self.draw(now.state.value, figures, done, total, cancelling=now.cancel_requested)
 
 
 def figures_of(now: Migration) -> tuple[str, float, float | None]:
@@ -244,7 +157,7 @@ def watch(client: Client, made: Migration, output: Output, interrupts: Interrupt
 
     ``cancel``: whether Ctrl-C asks the controller to cancel. Once somebody only stops following, exits with DETACHED.
     """
-    view: View = Silence() if output.json else Bar() if sys.stdout.isatty() else Lines()
+    view: View[Migration] = Silence() if output.json else MigrationBar() if sys.stdout.isatty() else Lines()
     try:
         end, moved = _follow(client, made, view, interrupts, cancel)
     except KeyboardInterrupt:
@@ -266,7 +179,9 @@ def watch(client: Client, made: Migration, output: Output, interrupts: Interrupt
         click.echo(conclusion(end, moved))
 
 
-def _follow(client: Client, now: Migration, view: View, interrupts: Interrupts, cancel: bool) -> tuple[Migration, int]:
+def _follow(
+    client: Client, now: Migration, view: View[Migration], interrupts: Interrupts, cancel: bool
+) -> tuple[Migration, int]:
     moved, seen, silent, unsettled_since = 0, 0, False, None
     view.note(f"moving VM {now.vm_name} from {now.source} to {now.target}")
     told = False

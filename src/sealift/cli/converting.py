@@ -1,0 +1,267 @@
+"""Following one conversion, which encrypts, decrypts or rekeys a VM's disks: a live bar on a terminal, lines elsewhere.
+
+What Ctrl-C does is in ``cli.following``. The controller tells only how many bytes are done, so how fast it goes is
+measured here.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from sealift.cli import quantities
+from sealift.cli.following import DETACHED, POLL_S, Bar, Interrupts, Silence, View
+from sealift.cli.output import Output, clean
+from sealift.errors import (
+    ControllerUnreachable,
+    ConversionCancelled,
+    ConversionFailed,
+    PlanRefused,
+    SealiftError,
+    from_slug,
+)
+
+if TYPE_CHECKING:
+    from sealift.api.encryption import Conversion
+    from sealift.client import Client
+
+SHORT = 8
+"""Characters of an id in tables and hints; any that are unambiguous are taken back."""
+
+PACE_OVER_S = 10.0
+"""Over how long a time the rate is measured."""
+
+MODES = {
+    "encrypt": ("encrypting", "encrypted"),
+    "decrypt": ("decrypting", "decrypted"),
+    "rekey": ("rekeying", "rekeyed"),
+}
+"""For each kind of conversion, what is being done and what was done."""
+
+
+class Pace:
+    """How fast a conversion goes, from looks at it; ``at`` is in seconds of any one clock."""
+
+    def __init__(self) -> None:
+        self._state = ""
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def look(self, state: str, done_bytes: int, at: float) -> float:
+        """Bytes per second in this state over the last ten seconds; 0 while that is not known."""
+        if state != self._state or (self._seen and done_bytes < self._seen[-1][1]):
+            self._state, self._seen = state, deque()
+        self._seen.append((at, done_bytes))
+        while len(self._seen) > 2 and at - self._seen[1][0] >= PACE_OVER_S:
+            self._seen.popleft()
+        first_at, first_bytes = self._seen[0]
+        return (done_bytes - first_bytes) / (at - first_at) if at > first_at else 0.0
+
+
+def figures_of(now: Conversion, rate: float) -> str:
+    """What stands beside the bar: bytes done and in all, the rate, how long still."""
+    if not now.total_bytes:
+        return ""
+    parts = [f"{quantities.size(now.done_bytes)} of {quantities.size(now.total_bytes)}"]
+    if rate > 0:
+        parts.append(quantities.rate(rate))
+        if (left := now.total_bytes - now.done_bytes) > 0:
+            parts.append(f"{quantities.duration(left / rate)} left")
+    return ", ".join(parts)
+
+
+class ConversionLines:
+    """A line for each state and for each tenth of it, for what is not a terminal. ``clock`` tells seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._started, self._pace = clock, clock(), Pace()
+        self._shown: tuple[str, int] | None = None
+
+    def show(self, now: Conversion) -> None:
+        """Print a line if there is something new."""
+        at = self._clock()
+        rate = self._pace.look(now.state, now.done_bytes, at)
+        tenths = now.done_bytes * 10 // now.total_bytes if now.total_bytes and not now.finished else 0
+        if (now.state, tenths) == self._shown:
+            return
+        self._shown = (now.state, tenths)
+        figures = f"  {figures_of(now, rate)}" if tenths else ""
+        click.echo(f"{at - self._started:8.1f} s  {now.state}{figures}")
+
+    def note(self, text: str) -> None:
+        """On a line of its own."""
+        click.echo(clean(text), err=True)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class ConversionBar(Bar):
+    """The live bar: state, bytes, rate, how long still."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._clock, self._pace = clock, Pace()
+        self.cancelling = False
+
+    def show(self, now: Conversion) -> None:
+        """Draw it anew."""
+        rate = self._pace.look(now.state, now.done_bytes, self._clock())
+        total = now.total_bytes or None
+        self.draw(now.state, figures_of(now, rate), now.done_bytes, total, cancelling=self.cancelling)
+
+
+def follow(client: Client, made: Conversion, output: Output, interrupts: Interrupts, *, cancel: bool) -> Conversion:
+    """Follow ``made`` to its end, whatever that is.
+
+    ``cancel``: whether Ctrl-C asks the controller to cancel. Once somebody only stops following, exits with DETACHED.
+    """
+    if made.finished:
+        return made
+    clock = time.monotonic
+    view: View[Conversion] = (
+        Silence() if output.json else ConversionBar(clock) if sys.stdout.isatty() else ConversionLines(clock)
+    )
+    try:
+        return _follow(client, made, view, interrupts, cancel)
+    except KeyboardInterrupt:
+        view.close()
+        _detach(made)
+    finally:
+        view.close()
+
+
+def _follow(
+    client: Client, now: Conversion, view: View[Conversion], interrupts: Interrupts, cancel: bool
+) -> Conversion:
+    seen, silent, asked = 0, False, False
+    view.note(f"{MODES[now.kind][0]} VM {now.vm_name} on {now.host}")
+    while True:
+        view.show(now)
+        if now.finished:
+            if asked and now.state == "done":
+                view.note("the cancellation came too late")
+            return now
+        if interrupts.count > seen:
+            seen = interrupts.count
+            if not cancel:
+                raise KeyboardInterrupt
+            view.note("asking the controller to cancel; Ctrl-C again stops waiting for the end")
+            try:
+                now = client.cancel_conversion(now.id)
+            except SealiftError as error:
+                view.note(f"not cancelled: {error}")
+            else:
+                asked = True
+                if isinstance(view, ConversionBar):
+                    view.cancelling = True
+            continue
+        interrupts.wait(POLL_S)
+        try:
+            now = client.conversion(now.id)
+        except ControllerUnreachable as error:
+            if not silent:
+                view.note(f"{error.what}; the host goes on without it, and we wait")
+            silent = True
+        else:
+            silent = False
+
+
+def _detach(made: Conversion) -> NoReturn:
+    text = f"no longer following; it goes on, see `sealift conversion watch {made.id}`"
+    click.echo(f"\nsealift: {text}", err=True)
+    raise click.exceptions.Exit(DETACHED)
+
+
+def check(end: Conversion, *, creating: bool = False) -> None:
+    """Raise the error that ``end`` is, unless it is done. ``creating``: a VM was made for it, which is not kept."""
+    if end.state == "done":
+        return
+    todo = end.todo or f"see `sealift conversion show {str(end.id)[:SHORT]}`"
+    lead = f"VM {end.vm_name} on {end.host} was not {'created' if creating else MODES[end.kind][1]}"
+    if end.state == "refused":
+        raise PlanRefused(f"{lead}: {end.error or 'the plan was refused'}", todo=todo)
+    if end.state == "cancelled":
+        left = "nothing of it is left" if creating else "its old images are in place, nothing of the new ones is left"
+        raise ConversionCancelled(f"{lead}: it was cancelled; {left}", todo=end.todo or "run the same command again")
+    if not end.error_slug:
+        raise ConversionFailed(f"{lead}: {end.error or 'the host did not say why'}", todo=todo)
+    raise from_slug(end.error_slug, f"{lead}: {end.error}", todo)
+
+
+def conclusion(end: Conversion) -> list[str]:
+    """What a conversion that is done has done, and what that means; one sentence an element."""
+    name, key = end.vm_name, f"key {end.key_id} of key provider {end.provider}"
+    old = f"key {end.old_key_id} of key provider {end.old_provider}"
+    took = ""
+    if end.total_bytes and end.finished_at is not None:
+        seconds = (end.finished_at - end.created_at).total_seconds()
+        took = f", {quantities.size(end.total_bytes)} in {quantities.duration(seconds)}"
+    if end.kind == "encrypt":
+        return [
+            f"VM {name} on {end.host} is encrypted under {key}{took}.",
+            "From now on it is always moved sealed.",
+        ]
+    if end.kind == "decrypt":
+        return [
+            f"VM {name} on {end.host} is decrypted, its disks are in clear{took}.",
+            f"It still moves sealed or not at all, until `sealift vm set {name} --migrate-encryption` changes that.",
+        ]
+    if end.deep:
+        return [
+            f"VM {name} on {end.host} has new disk keys, under {key}{took}.",
+            f"Copies of the old images and of the old configuration file are still opened by {old}.",
+        ]
+    return [
+        f"VM {name} on {end.host} has a new key: {key}. The keys of its disks are the same.",
+        f"An old copy of its configuration file is still opened by {old}.",
+        f"If somebody may have such a copy, `sealift vm rekey {name} --deep` gives it new disk keys.",
+    ]
+
+
+def tell(output: Output, end: Conversion) -> None:
+    """Say what a conversion that is done has done, and what its plan warned of."""
+    if output.json:
+        return
+    for sentence in conclusion(end):
+        output.say(sentence)
+    output.findings(end.findings)
+
+
+def watch(client: Client, made: Conversion, output: Output, interrupts: Interrupts, *, cancel: bool) -> None:
+    """Follow ``made`` to its end and say it; any end but done is raised as its error."""
+    end = follow(client, made, output, interrupts, cancel=cancel)
+    if output.json:
+        output.document(end)
+    elif end.state == "refused":
+        output.findings(end.findings, err=True)
+    check(end)
+    tell(output, end)
+
+
+def show_plan(output: Output, made: Conversion) -> None:
+    """Show what a dry run found; raises PlanRefused when it would be refused."""
+    done = MODES[made.kind][1]
+    refused = made.state == "refused"
+    if output.json:
+        output.document(made)
+    else:
+        output.say(f"VM {made.vm_name} on {made.host}, {kind_of(made)}:")
+        output.findings(made.findings)
+        if not refused:
+            under = f" with a new key of key provider {made.provider}" if made.provider else ""
+            copied = f", {quantities.size(made.total_bytes)} to copy" if made.total_bytes else ""
+            output.say(f"It would be {done}{under}{copied}.")
+    if refused:
+        raise PlanRefused(
+            f"VM {made.vm_name} would not be {done}: {made.error or 'the plan was refused'}", todo=made.todo
+        )
+
+
+def kind_of(one: Conversion) -> str:
+    """``encrypt``, ``decrypt``, ``rekey`` or ``deep rekey``."""
+    return f"deep {one.kind}" if one.deep else one.kind

@@ -1,0 +1,370 @@
+"""`sealift key-provider`: where the keys of encrypted VMs live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from sealift.cli import export_file, passphrases, quantities
+from sealift.cli.credentials import connect
+from sealift.cli.output import Output, json_option, pass_output
+from sealift.errors import InvalidInput, KeyProviderError, SealiftError
+
+if TYPE_CHECKING:
+    from sealift.api.encryption import KeyProvider, KeyProviderAdd, KeyProviderAdded
+    from sealift.client import Client
+    from sealift.secret import Secret
+
+STATES = {
+    "ok": "ok",
+    "degraded": "DEGRADED",
+    "unreachable": "UNREACHABLE",
+    "not_exported": "NOT EXPORTED",
+    "no_certificate": "NO CERTIFICATE",
+}
+MAX_PEM = 65536
+MAX_MEMBERS = 16
+
+_TEXT = click.File("r", encoding="utf-8")
+
+
+@click.group("key-provider")
+def key_provider() -> None:
+    """Key providers: add, list, show, test, default, certificate, export, import, remove."""
+
+
+@key_provider.command()
+@click.argument("name")
+@click.option("--kind", required=True, type=click.Choice(["native", "kmip"]), help="Built in, or a KMIP key server.")
+@click.option("--server", "servers", multiple=True, metavar="HOST:PORT", help="kmip: a server of it; may be repeated.")
+@click.option("--authority", type=_TEXT, metavar="FILE", help="kmip: the servers' authority, or a server's own (PEM).")
+@click.option(
+    "--client",
+    type=click.Choice(["generated", "csr", "uploaded"]),
+    help="kmip: how the servers know us: by a certificate made here (the default), a request signed elsewhere, or"
+    " certificate and key that you give.",
+)
+@click.option("--client-certificate", type=_TEXT, metavar="FILE", help="The certificate for --client uploaded (PEM).")
+@click.option("--client-key", type=_TEXT, metavar="FILE", help="Its private key (PEM).")
+@click.option("--default", is_flag=True, help="Use it for VMs when none is named.")
+@json_option
+@pass_output
+def add(
+    output: Output,
+    name: str,
+    kind: str,
+    servers: tuple[str, ...],
+    authority: TextIO | None,
+    client: str | None,
+    client_certificate: TextIO | None,
+    client_key: TextIO | None,
+    default: bool,
+) -> None:
+    """Add a key provider. Its name is for ever: VMs find their keys by it."""
+    kmip_only = {
+        "--server": servers,
+        "--authority": authority,
+        "--client": client,
+        "--client-certificate": client_certificate,
+        "--client-key": client_key,
+    }
+    given = [option for option, value in kmip_only.items() if value]
+    if kind == "native" and given:
+        raise InvalidInput(f"{' and '.join(given)}: only for --kind kmip", todo="leave it out")
+    if kind == "kmip":
+        _check_kmip(servers, authority, client, client_certificate, client_key)
+    wish = _wish(name, kind, servers, authority, client or "generated", client_certificate, client_key, default)
+    with connect() as connected:
+        made = connected.add_key_provider(wish)
+    _tell_added(output, made)
+
+
+def _check_kmip(
+    servers: tuple[str, ...],
+    authority: TextIO | None,
+    client: str | None,
+    certificate: TextIO | None,
+    key: TextIO | None,
+) -> None:
+    if not 1 <= len(servers) <= MAX_MEMBERS:
+        raise InvalidInput(
+            f"a kmip key provider has 1 to {MAX_MEMBERS} servers", todo="give --server HOST:PORT for each of them"
+        )
+    if authority is None:
+        raise InvalidInput(
+            "nothing says who the servers are",
+            todo="give --authority FILE with the certificate of their authority, or a server's own",
+        )
+    if client == "uploaded" and (certificate is None or key is None):
+        raise InvalidInput(
+            "--client uploaded needs certificate and key", todo="give --client-certificate FILE and --client-key FILE"
+        )
+    if client != "uploaded" and (certificate or key):
+        raise InvalidInput("--client-certificate and --client-key are for --client uploaded", todo="say so, or neither")
+
+
+def _wish(
+    name: str,
+    kind: str,
+    servers: tuple[str, ...],
+    authority: TextIO | None,
+    client: str,
+    certificate: TextIO | None,
+    key: TextIO | None,
+    default: bool,
+) -> KeyProviderAdd:
+    from sealift.api.encryption import KeyProviderAdd
+    from sealift.domain.vm import check_name
+
+    return KeyProviderAdd.model_validate(
+        {
+            "name": check_name("key provider", name),
+            "kind": kind,
+            "members": list(servers),
+            "server_authority": _pem(authority),
+            "client": client,
+            "client_certificate": _pem(certificate),
+            "client_key": _pem(key) or None,
+            "default": default,
+        }
+    )
+
+
+def _pem(file: TextIO | None) -> str:
+    """The text of a file; empty without one. Raises InvalidInput, which does not quote it."""
+    if file is None:
+        return ""
+    try:
+        text = file.read(MAX_PEM + 1)
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{file.name} is not PEM text", todo="give a file with -----BEGIN lines") from None
+    if len(text) > MAX_PEM or "-----BEGIN " not in text:
+        raise InvalidInput(f"{file.name} is not PEM text", todo="give a file with -----BEGIN lines")
+    return text
+
+
+def _tell_added(output: Output, made: KeyProviderAdded) -> None:
+    if output.json:
+        output.document(made)
+        return
+    found = made.provider
+    output.say(f"Key provider {found.name} ({found.kind}) is added" + (", and the default." if found.default else "."))
+    for note in found.notes:
+        output.say(f"  {note}")
+    if made.unlocks:
+        vms = ", ".join(made.unlocks)
+        output.say(f"VMs refer to that name: {vms}. They unlock by themselves once their keys are found there.")
+    if found.certificate_request:
+        output.block(found.certificate_request)
+        output.say("Have the servers' authority sign this request for a client, then hand in the certificate:")
+        output.say(f"  sealift key-provider certificate {found.name} FILE")
+    elif found.client_certificate:
+        output.block(found.client_certificate)
+        output.say("Install this certificate at each server as that of a client who may make, read and destroy keys.")
+        output.say(f"Then see that it works: `sealift key-provider test {found.name}`")
+    elif found.state == "not_exported":
+        output.say("It must be exported before the first VM may use it:")
+        output.say(f"  sealift key-provider export {found.name} --output FILE")
+    else:
+        output.say(f"See that it works: `sealift key-provider test {found.name}`")
+
+
+@key_provider.command("list")
+@json_option
+@pass_output
+def list_providers(output: Output) -> None:
+    """List all key providers, as they are just now."""
+    with connect() as client:
+        found = client.key_providers()
+    if output.json:
+        output.document(found)
+    elif not found:
+        output.say("There is no key provider yet; `sealift key-provider add NAME --kind native` adds one.")
+    else:
+        titles = ("NAME", "KIND", "STATE", "DEFAULT", "SERVERS", "VMS", "MESSAGE")
+        output.table(titles, (_row(one) for one in found))
+
+
+def _row(one: KeyProvider) -> tuple[str, ...]:
+    answering = f"{sum(member.ok for member in one.members)} of {len(one.members)}" if one.members else ""
+    default = "yes" if one.default else ""
+    return one.name, one.kind, STATES[one.state], default, answering, str(len(one.vms)), one.message
+
+
+@key_provider.command()
+@click.argument("name")
+@json_option
+@pass_output
+def show(output: Output, name: str) -> None:
+    """Show one key provider, its servers, and the VMs whose keys it has."""
+    with connect() as client:
+        found = client.key_provider(name)
+    if output.json:
+        output.document(found)
+        return
+    pairs = [
+        ("name", found.name),
+        ("kind", found.kind),
+        ("state", STATES[found.state]),
+        ("message", found.message),
+        ("default", "yes" if found.default else "no"),
+        ("added", quantities.moment(found.created_at)),
+    ]
+    if found.kind == "native":
+        pairs.append(("exported", quantities.moment(found.exported_at) if found.exported_at else "NEVER"))
+    pairs += [(f"server {one.address}", "ok" if one.ok else f"NOT OK: {one.message}") for one in found.members]
+    pairs.append(("VMs", ", ".join(found.vms) or "none"))
+    pairs += [("note", note) for note in found.notes]
+    output.record(pairs)
+    if found.client_certificate:
+        output.say("Our certificate:")
+        output.block(found.client_certificate)
+    if found.certificate_request:
+        output.say(f"Our request, to be signed; then `sealift key-provider certificate {found.name} FILE`:")
+        output.block(found.certificate_request)
+
+
+@key_provider.command()
+@click.argument("name")
+@json_option
+@pass_output
+def test(output: Output, name: str) -> None:
+    """Make a key, activate, read and destroy it, on every server."""
+    with connect() as client:
+        found = client.test_key_provider(name)
+    if output.json:
+        output.document(found)
+    else:
+        rows = (
+            (step.name, "ok" if step.ok else "FAILED", quantities.duration(step.ms / 1000), step.message)
+            for step in found.steps
+        )
+        output.table(("STEP", "RESULT", "TOOK", "MESSAGE"), rows)
+    if not found.ok:
+        failed = [step for step in found.steps if not step.ok]
+        why = f": {failed[0].name}: {failed[0].message}" if failed else ""
+        raise KeyProviderError(
+            f"key provider {name} does not do all that is asked of it{why}",
+            todo=f"see `sealift key-provider show {name}`, and the key server's log",
+        )
+    output.say(f"Key provider {name} does all that is asked of it.")
+
+
+@key_provider.command("default")
+@click.argument("name")
+@json_option
+@pass_output
+def make_default(output: Output, name: str) -> None:
+    """Use this key provider for VMs when none is named."""
+    with connect() as client:
+        found = client.make_default(name)
+    if output.json:
+        output.document(found)
+    output.say(f"Key provider {found.name} is the default now; VMs that are encrypted already keep theirs.")
+
+
+@key_provider.command()
+@click.argument("name")
+@click.argument("file", type=_TEXT)
+@json_option
+@pass_output
+def certificate(output: Output, name: str, file: TextIO) -> None:
+    """Hand in the certificate that was signed for the provider's request ('-': standard input)."""
+    text = _pem(file)
+    with connect() as client:
+        found = client.set_certificate(name, text)
+    if output.json:
+        output.document(found)
+    output.say(f"Key provider {found.name} has its certificate; `sealift key-provider test {found.name}` tries it.")
+
+
+@key_provider.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Also while VMs have their keys there: they lock.")
+@json_option
+@pass_output
+def remove(output: Output, name: str, force: bool) -> None:
+    """Forget a key provider. A native one is gone with it, unless you have its export."""
+    with connect() as client:
+        found = client.remove_key_provider(name, force=force)
+    if output.json:
+        output.document(found)
+        return
+    output.say(f"Key provider {found.name} is removed.")
+    if found.locks:
+        output.say(f"These VMs are locked from now on: {', '.join(found.locks)}.")
+        output.say("Add the provider again under the same name, or import its export, and they unlock by themselves.")
+
+
+@key_provider.command()
+@click.argument("name")
+@click.option("--output", "path", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A new file.")
+@click.option(
+    "--passphrase",
+    metavar=passphrases.METAVAR,
+    help="Where your own is, of 16 characters or more; without it eight words are drawn and shown.",
+)
+@json_option
+@pass_output
+def export(output: Output, name: str, path: Path, passphrase: str | None) -> None:
+    """Export a native key provider into a new file, sealed under a passphrase.
+
+    It counts as exported only once the file was read back from the disk and opened.
+    """
+    export_file.check_free(path)
+    chosen = passphrases.read(passphrase, again=True) if passphrase is not None else None
+    with connect() as client:
+        made = client.export_key_provider(name, chosen)
+        export_file.write(path, made.file)
+        if made.passphrase and not output.json:
+            # Shown before it counts: were it the other way round, it could count with nobody able to open it.
+            click.echo(made.passphrase)
+            output.say(
+                f"These words open {path}. They are shown once and kept nowhere: write them down, apart from it."
+            )
+        try:
+            _confirm(client, name, path, chosen or _secret(made.passphrase))
+        except SealiftError as error:
+            if output.json:
+                output.values(provider=name, file=str(path), passphrase=made.passphrase, counts=False)
+            raise type(error)(
+                f"{path} is written, but it was not confirmed that it can be opened: {error.what}",
+                todo=f"if `sealift key-provider show {name}` does not say exported, remove {path} and export it again",
+            ) from error
+    if output.json:
+        output.values(provider=name, file=str(path), passphrase=made.passphrase, counts=True)
+    output.say(f"Key provider {name} is exported: {path} was read back from the disk and could be opened.")
+    output.say("Keep the file where the loss of this controller does not reach it.")
+
+
+def _confirm(client: Client, name: str, path: Path, passphrase: Secret) -> None:
+    client.confirm_export(name, export_file.read_back(path), passphrase)
+
+
+def _secret(text: str) -> Secret:
+    from sealift.secret import Secret
+
+    raw = text.encode()
+    return Secret(raw, length=len(raw))
+
+
+@key_provider.command("import")
+@click.argument("path", type=click.Path(path_type=Path), metavar="FILE")
+@click.option(
+    "--passphrase",
+    default=passphrases.PROMPT,
+    metavar=passphrases.METAVAR,
+    help="Where the passphrase is: '-' standard input, '@FILE' a file; without it you are asked.",
+)
+@click.option("--default", is_flag=True, help="Use it for VMs when none is named.")
+@json_option
+@pass_output
+def import_provider(output: Output, path: Path, passphrase: str, default: bool) -> None:
+    """Add a native key provider from its export, under the name it had."""
+    text = export_file.read_back(path)
+    secret = passphrases.read(passphrase, again=False)
+    with connect() as client:
+        made = client.import_key_provider(text, secret, default=default)
+    _tell_added(output, made)
