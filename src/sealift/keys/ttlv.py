@@ -167,12 +167,13 @@ def _encode_value(item: Item) -> bytes:
             return value.encode()
         case ItemType.BYTE_STRING if isinstance(value, (bytes, bytearray)):
             return bytes(value)
-        case ItemType.BOOLEAN if isinstance(value, bool):
-            return int(value).to_bytes(8, "big")
+        case ItemType.BOOLEAN:
+            if isinstance(value, bool):
+                return int(value).to_bytes(8, "big")
         case ItemType.BIG_INTEGER if isinstance(value, int):
             size = value.bit_length() // 8 + 1  # one bit more, for the sign
             return value.to_bytes(size + -size % _ALIGN, "big", signed=True)
-        case kind if kind in _SIZES and kind is not ItemType.BOOLEAN and type(value) is int:
+        case kind if kind in _SIZES and isinstance(value, int) and not isinstance(value, bool):
             return value.to_bytes(_SIZES[kind], "big", signed=kind in _SIGNED)
     raise ValueError(f"this is no value of type {item.type.name}")
 
