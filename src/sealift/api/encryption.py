@@ -105,10 +105,11 @@ class KeyProviderTested(Document):
 
 
 class KeyProviderRemoved(Document):
-    """DELETE key-providers/{name}[?force=true]: the VMs that lock because of it."""
+    """DELETE key-providers/{name}[?force=true]: the VMs that lock because of it, and what is gone with it."""
 
     name: str
     locks: list[str]
+    lost: str = ""
 
 
 class ExportRequest(Request):

@@ -1,0 +1,106 @@
+"""What is said of a key provider: its state, what an administrator must know of it, and which VMs it has keys of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sealift.controller.models import ConversionRow, KeyProviderRow, VmRow
+from sealift.domain.vm import check_name
+from sealift.errors import Conflict, NotFound
+from sealift.keys.native import NativeProvider
+from sealift.keys.provider import MemberHealth, ProviderHealth
+
+ProviderState = Literal["ok", "degraded", "unreachable", "not_exported", "no_certificate"]
+
+
+@dataclass(frozen=True)
+class SeenProvider:
+    """A key provider as it was just seen; fields as in ``api.encryption.KeyProvider``."""
+
+    row: KeyProviderRow
+    state: ProviderState
+    message: str
+    members: tuple[MemberHealth, ...]
+    vms: tuple[str, ...]
+    notes: tuple[str, ...]
+    client_certificate: str = ""
+    certificate_request: str = ""
+
+
+@dataclass(frozen=True)
+class Added:
+    """A new provider, and the VMs that refer to its name."""
+
+    provider: SeenProvider
+    unlocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A provider that is gone, the VMs that lock because of it, and what went with it."""
+
+    name: str
+    locks: tuple[str, ...]
+    lost: str
+
+
+async def provider_row(session: AsyncSession, name: str) -> KeyProviderRow:
+    """A provider's row; raises NotFound."""
+    found = await session.get(KeyProviderRow, check_name("key provider", name))
+    if found is None:
+        raise NotFound(f"there is no key provider {name}", todo="see `sealift key-provider list`")
+    return found
+
+
+async def users_of(session: AsyncSession, name: str) -> tuple[str, ...]:
+    """The names of the VMs that have their key at a provider, or are being given or taken one there."""
+    vms = await session.scalars(select(VmRow.name).where(VmRow.provider == name))
+    converting = await session.scalars(
+        select(ConversionRow.vm_name).where(
+            ConversionRow.finished_at.is_(None),
+            (ConversionRow.provider == name) | (ConversionRow.old_provider == name),
+        )
+    )
+    return tuple(sorted({*vms, *converting}))
+
+
+def judge(row: KeyProviderRow, health: ProviderHealth) -> tuple[ProviderState, str]:
+    """The state of a provider that was asked, and its reason; nothing to say when all is well."""
+    if not health.ok:
+        return "unreachable", health.message or "none of its servers answers"
+    if row.kind == "native" and row.exported_at is None:
+        return "not_exported", "no VM may use it before it was exported and the export was read back"
+    away = [member.address for member in health.members if not member.ok]
+    if away:
+        return "degraded", f"{', '.join(away)}: no answer"
+    return "ok", ""
+
+
+def no_certificate(name: str) -> Conflict:
+    """A kmip provider whose request for a certificate is not signed yet cannot be asked anything."""
+    return Conflict(
+        f"key provider {name} has no client certificate yet",
+        todo=f"have its request signed, then run `sealift key-provider certificate {name}`",
+    )
+
+
+def lost_with(row: KeyProviderRow) -> str:
+    """What is gone for good when a provider is removed here, and what brings it back."""
+    if row.kind == "kmip":
+        return "Its keys stay at its servers; our key and certificate towards them were only here"
+    if row.exported_at is None:
+        return "It was never exported: the key that its keys are derived from was only here"
+    return "The key that its keys are derived from is now only in its export; import that to have it back"
+
+
+def notes_on(row: KeyProviderRow, directory: Path) -> tuple[str, ...]:
+    """What an administrator must know of a provider, plainly."""
+    if row.kind == "kmip":
+        return ("the keys are at its servers and nowhere else: back those up",)
+    native = NativeProvider(row.name, directory)
+    return f"its key derivation key is {native.key_storage}", native.notes
