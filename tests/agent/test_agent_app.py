@@ -16,11 +16,14 @@ import structlog
 from pydantic import TypeAdapter
 
 from doubles.hosts import World
-from sealift.agent.app import FENCE, Agent, make_app
+from sealift.agent.agent import Agent
+from sealift.agent.app import make_app
 from sealift.agent.capabilities import CipherFacts
 from sealift.agent.join import Identity
+from sealift.agent.requests import FENCE
 from sealift.domain.move import MoveOrder, MoveState, PlainToken, SealedSecret, encode_spec
 from sealift.domain.vm import VmConfig
+from sealift.hypervisor.images import Images
 from sealift.secret import Secret
 
 KEY, NONCE, TOKEN = bytes(range(1, 33)), bytes(range(200, 208)), bytes(range(100, 116))
@@ -41,7 +44,8 @@ def play(world: World, scene: Scene) -> None:
         a = world.a
         identity = Identity(a.id, a.settings.identity, "127.0.0.1")
         hypervisor: Any = None
-        agent = Agent(a.settings, identity, CipherFacts("", True, 1.0), hypervisor, a._journal, a.vms, a.moves)
+        cipher, images = CipherFacts("", True, 1.0), Images()
+        agent = Agent(a.settings, identity, cipher, hypervisor, images, a._journal, a.vms, a.moves, a.conversions)
         transport = httpx2.ASGITransport(make_app(agent), raise_app_exceptions=False)
         try:
             async with (

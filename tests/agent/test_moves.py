@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 from doubles.hosts import Host, PlayedMoves, PlayedVm, Qemu, World, secret
-from sealift.domain.move import Answer, MoveState, Role
+from sealift.domain.move import Answer, MoveOrder, MoveState, MoveStatus, Role
 from sealift.domain.vm import VmState
 from sealift.errors import (
     AlreadyExists,
@@ -51,6 +51,13 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
+async def take(host: Host, order: MoveOrder, role: Role) -> MoveStatus:
+    """Give an order to the side it is for."""
+    if role is Role.SOURCE:
+        return await host.moves.take_source(order, secret())
+    return await host.moves.take_target(order, secret(), {})
+
+
 def nothing_left(host: Host) -> None:
     assert list((host.settings.run_directory / "moves").glob("*")) == []
     assert host._journal.moves() == []
@@ -62,13 +69,12 @@ def nothing_left(host: Host) -> None:
 def test_an_order_repeated_is_answered_and_not_carried_out_twice(world: World, role: Role) -> None:
     async def scene() -> None:
         order = world.order()
-        await world.b.moves.take_target(order, secret())
+        await world.b.moves.take_target(order, secret(), {})
         if role is Role.SOURCE:
             await world.a.moves.take_source(order, secret())
         host = world.a if role is Role.SOURCE else world.b
-        take = host.moves.take_source if role is Role.SOURCE else host.moves.take_target
         relays, qemus = len(world.relays), len(world.qemus)
-        assert (await take(order, secret())).role is role
+        assert (await take(host, order, role)).role is role
         assert (len(world.relays), len(world.qemus)) == (relays, qemus)
 
     play(world, scene)
@@ -77,7 +83,7 @@ def test_an_order_repeated_is_answered_and_not_carried_out_twice(world: World, r
 def test_an_order_repeated_after_the_end_and_a_restart_is_answered_and_after_forgetting_refused(world: World) -> None:
     async def scene() -> None:
         order = world.order()
-        await world.b.moves.take_target(order, secret())
+        await world.b.moves.take_target(order, secret(), {})
         await world.a.moves.take_source(order, secret())
         for host in (world.a, world.b):
             await until(lambda host=host: host.moves.status(order.attempt).state is MoveState.DONE)  # type: ignore[misc]
@@ -97,13 +103,13 @@ def test_an_order_repeated_after_the_end_and_a_restart_is_answered_and_after_for
 def test_a_vm_that_was_let_go_is_not_started_again_by_any_order(world: World) -> None:
     async def scene() -> None:
         order = world.order()
-        await world.b.moves.take_target(order, secret())
+        await world.b.moves.take_target(order, secret(), {})
         await world.a.moves.take_source(order, secret())
         await until(lambda: world.a.moves.status(order.attempt).state is MoveState.DONE)
         await world.a.moves.forget(order.attempt)
-        await world.a.vms.define(world.config)
+        await world.a.vms.define(world.config, file="", made_by_conversion=False)
         with pytest.raises(VmLetGo):
-            await world.a.vms.start(world.config.uuid)
+            await world.a.vms.start(world.config.uuid, "")
 
     play(world, scene)
 
@@ -123,11 +129,11 @@ def test_an_attempt_that_was_aborted_before_its_order_came_is_refused(world: Wor
         order = world.order()
         assert (await world.b.moves.abort(order.attempt)).state is MoveState.FAILED
         with pytest.raises(Conflict):
-            await world.b.moves.take_target(order, secret())
+            await world.b.moves.take_target(order, secret(), {})
         await world.b.crash()
         await world.b.boot()
         with pytest.raises(Conflict):
-            await world.b.moves.take_target(order, secret())
+            await world.b.moves.take_target(order, secret(), {})
         assert [qemu.host for qemu in world.qemus] == ["a"]
 
     play(world, scene)
@@ -149,7 +155,7 @@ def test_orders_that_are_not_for_this_host_or_vm_are_refused(world: World) -> No
         with pytest.raises(NotFound):
             await world.a.moves.take_source(unknown, secret())
         with pytest.raises(AlreadyExists):
-            await world.a.moves.take_target(world.order(source=world.b.id, target=world.a.id), secret())
+            await world.a.moves.take_target(world.order(source=world.b.id, target=world.a.id), secret(), {})
         nothing_left(world.a)
 
     play(world, scene)
@@ -159,7 +165,7 @@ def test_a_host_that_cannot_seal_takes_no_sealed_order(world: World) -> None:
     async def scene() -> None:
         world.b.moves._can_seal = False
         with pytest.raises(PlanRefused):
-            await world.b.moves.take_target(world.order(), secret())
+            await world.b.moves.take_target(world.order(), secret(), {})
         nothing_left(world.b)
 
     play(world, scene)
@@ -167,11 +173,11 @@ def test_a_host_that_cannot_seal_takes_no_sealed_order(world: World) -> None:
 
 def test_one_vm_is_in_one_move(world: World) -> None:
     async def scene() -> None:
-        await world.b.moves.take_target(world.order(fence=2), secret())
+        await world.b.moves.take_target(world.order(fence=2), secret(), {})
         with pytest.raises(Conflict):
-            await world.b.moves.take_target(world.order(fence=3), secret())
+            await world.b.moves.take_target(world.order(fence=3), secret(), {})
         with pytest.raises(AlreadyExists):
-            await world.b.vms.define(world.config)
+            await world.b.vms.define(world.config, file="", made_by_conversion=False)
 
     play(world, scene)
 
@@ -197,11 +203,10 @@ def test_what_could_not_begin_leaves_nothing(world: World, monkeypatch: pytest.M
         raise error
 
     async def scene() -> None:
-        for host, order in ((world.b, world.order(fence=2)), (world.a, world.order(fence=3))):
+        for host, fence, role in ((world.b, 2, Role.TARGET), (world.a, 3, Role.SOURCE)):
             monkeypatch.setattr(PlayedMoves, "_start_relay", fail)
-            take = host.moves.take_target if host is world.b else host.moves.take_source
             with pytest.raises(SealiftError) as raised:
-                await take(order, secret())
+                await take(host, world.order(fence=fence), role)
             assert isinstance(error, OSError) or raised.value is error
             monkeypatch.undo()
             nothing_left(host)
@@ -220,7 +225,7 @@ def test_a_target_whose_qemu_refuses_takes_its_relay_with_it(world: World) -> No
         listen, PlayedVm.listen = PlayedVm.listen, refuse  # type: ignore[method-assign]
         try:
             with pytest.raises(HypervisorError):
-                await world.b.moves.take_target(world.order(), secret())
+                await world.b.moves.take_target(world.order(), secret(), {})
         finally:
             PlayedVm.listen = listen  # type: ignore[method-assign]
         nothing_left(world.b)
@@ -234,7 +239,7 @@ def test_a_full_disk_stops_no_move_on_its_way(world: World) -> None:
 
     async def scene() -> None:
         order = world.order()
-        await world.b.moves.take_target(order, secret())
+        await world.b.moves.take_target(order, secret(), {})
         await world.a.moves.take_source(order, secret())
         await until(lambda: world.a.moves.status(order.attempt).state is MoveState.PRECOPY)
         journals = [host._journal._db for host in (world.a, world.b)]
@@ -255,7 +260,7 @@ def test_a_full_disk_stops_no_move_on_its_way(world: World) -> None:
 def test_an_answer_is_taken_only_by_a_source_that_waits_for_one(world: World) -> None:
     async def scene() -> None:
         order = world.order()
-        await world.b.moves.take_target(order, secret())
+        await world.b.moves.take_target(order, secret(), {})
         with pytest.raises(Conflict):
             await world.b.moves.answer(order.attempt, Answer.RUNNING)
         with pytest.raises(NotFound):
@@ -276,7 +281,7 @@ def test_a_source_that_let_go_and_lost_its_qemu_is_settled_by_the_targets_answer
     async def scene() -> None:
         order = world.order()
         world.arrives_as = "inmigrate"  # the target never gets ready
-        await world.b.moves.take_target(order, secret())
+        await world.b.moves.take_target(order, secret(), {})
         await world.a.moves.take_source(order, secret())
         await until(lambda: world.a.moves.status(order.attempt).state is MoveState.COMMITTING)
         await world.a.crash()
@@ -284,7 +289,7 @@ def test_a_source_that_let_go_and_lost_its_qemu_is_settled_by_the_targets_answer
         await world.a.boot()
         assert world.a.moves.status(order.attempt).state is MoveState.UNKNOWN
         with pytest.raises(VmLetGo):
-            await world.a.vms.start(order.vm)
+            await world.a.vms.start(order.vm, "")
         await world.a.crash()
         await world.a.boot()
         assert world.a.moves.status(order.attempt).state is MoveState.UNKNOWN
@@ -314,7 +319,7 @@ def test_a_qemu_that_hangs_keeps_its_agent_from_nothing_else(world: World, monke
         await world.a.boot()
         assert (await world.a.vms.status(world.config.uuid)).state is VmState.PAUSED
         with pytest.raises(Conflict):
-            await world.a.vms.start(world.config.uuid)
+            await world.a.vms.start(world.config.uuid, "")
         with pytest.raises(SealiftError):
             await world.a.vms.stop(world.config.uuid, force=True)
         with pytest.raises(Conflict):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -18,9 +19,11 @@ import pytest
 
 from sealift.agent import moves, source, target, watch
 from sealift.agent.commitlog import CommitLog, Mark
+from sealift.agent.conversions import Conversions
 from sealift.agent.journal import Journal, MoveRow, VmRow
 from sealift.agent.moves import Moves
 from sealift.agent.settings import AgentSettings
+from sealift.agent.vault import Vault
 from sealift.agent.vms import Vms
 from sealift.domain.deks import Deks
 from sealift.domain.move import (
@@ -36,6 +39,7 @@ from sealift.domain.move import (
 from sealift.domain.vm import Accelerator, HardwareRecord, VmConfig
 from sealift.errors import Conflict, ContRefused, QemuGone, QmpRefused, QmpTimeout, RelayGone, SealiftError
 from sealift.hypervisor.base import MigrationInfo, QmpEvent, VmPaths
+from sealift.hypervisor.images import Images
 from sealift.hypervisor.process import ProcessRef
 from sealift.secret import Secret
 
@@ -80,6 +84,7 @@ class Qemu:
         self.cont_then: str = "running"  # where a guest gets to at once
         self.unanswered: set[str] = set()  # commands that are carried out, and whose answer is lost, once
         self.commands: list[str] = []
+        self.keys: dict[UUID, bytes] = {}  # that it was started with
         world.qemus.append(self)
         world.dress(self)
 
@@ -268,11 +273,21 @@ class PlayedHypervisor:
     async def check_record(self, record: HardwareRecord) -> None:
         pass
 
+    async def freeze(self, config: VmConfig) -> HardwareRecord:
+        return replace(World.current.hardware, config=config)
+
+    async def start(self, record: HardwareRecord, paths: VmPaths, deks: Deks) -> PlayedVm:
+        return self._spawn(record, deks, incoming=False)
+
     async def prepare_incoming(self, record: HardwareRecord, paths: VmPaths, deks: Deks) -> PlayedVm:
+        return self._spawn(record, deks, incoming=True)
+
+    def _spawn(self, record: HardwareRecord, deks: Deks, *, incoming: bool) -> PlayedVm:
         if any(qemu.alive and qemu.host == self._host.name for qemu in World.current.qemus):
             raise Conflict("a process already serves these paths")
         self._fuse.point("before spawn")
-        qemu = Qemu(World.current, self._host.name, record.config, incoming=True)
+        qemu = Qemu(World.current, self._host.name, record.config, incoming=incoming)
+        qemu.keys = {dek: deks[dek].reveal() for dek in record.config.deks}
         self._fuse.point("after spawn")
         return PlayedVm(qemu, self._fuse)
 
@@ -424,8 +439,10 @@ class Host:
         for path in (self.settings.state_directory, self.settings.doors):
             path.mkdir(parents=True, mode=0o700)
         self.fuse = Fuse()
+        self.vault: Vault
         self.vms: Vms
         self.moves: PlayedMoves
+        self.conversions: Conversions
 
     async def boot(self, at: int = 0) -> None:
         """A new agent, which finds what is there; it dies at its ``at``-th effect."""
@@ -434,11 +451,15 @@ class Host:
         journal.fuse = self.fuse
         hypervisor: Any = PlayedHypervisor(self, self.fuse)
         self._journal = journal
-        self.vms = Vms(self.settings, journal, hypervisor)
+        images = Images()
+        self.vault = Vault(self.name)
+        self.vms = Vms(self.settings, journal, hypervisor, self.vault, images)
         self.moves = PlayedMoves(self.settings, self.id, journal, hypervisor, self.vms, can_seal=True)
         self.moves.host = self
+        self.conversions = Conversions(self.settings, journal, self.vms, images)
         await self.vms.adopt()
         await self.moves.recover()
+        await self.conversions.recover()
 
     async def crash(self) -> None:
         """The agent is gone at once; whatever it had not done is not done."""
@@ -475,7 +496,7 @@ class World:
         await self.b.boot()
         qemu = Qemu(self, "a", self.config, incoming=False)
         qemu.run()
-        self.a.vms.take_in(self.hardware, PlayedVm(qemu, self.a.fuse))  # type: ignore[arg-type]
+        self.a.vms.take_in(self.order(), PlayedVm(qemu, self.a.fuse))  # type: ignore[arg-type]
 
     def order(self, *, fence: int = 2, **changes: Any) -> MoveOrder:
         fields: dict[str, Any] = {

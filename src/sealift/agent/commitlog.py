@@ -30,6 +30,7 @@ from enum import IntEnum
 from pathlib import Path
 from uuid import UUID
 
+from sealift.agent.durable import sync_directory
 from sealift.domain.move import Role
 from sealift.errors import IllegalTransition, SealiftError
 
@@ -114,7 +115,7 @@ class CommitLog:
                 if os.pwrite(fd, bytes(SLOT_BYTES * SLOTS), 0) != SLOT_BYTES * SLOTS:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(fd)
-                _sync_directory(directory)
+                sync_directory(directory)
             self.entries = decode(os.pread(fd, SLOT_BYTES * SLOTS, 0), attempt, fence)
         finally:
             os.close(fd)
@@ -147,14 +148,6 @@ class CommitLog:
         if written != SLOT_BYTES:
             raise SealiftError(f"{mark.name} was not written whole to {self.path}")
         self.entries.append(Entry(mark, at))
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def let_go_by(directory: Path) -> UUID | None:

@@ -1,8 +1,9 @@
-"""The agent's journal: every VM it holds, every move it was ordered to make, and the highest fence seen for each VM.
+"""The agent's journal: every VM it holds, every move and conversion it was ordered to make, and for each VM the highest
+fence seen and the newest configuration file written.
 
 SQLite, one file. A row is written before the effect it stands for, so that after a crash the agent knows what it may
 have begun, and an order repeated by the controller is answered instead of carried out twice. No secret is ever here:
-a move's key lives in its relay and nowhere else.
+a move's key lives in its relay and nowhere else, those of disks in the agent's memory (``agent.vault``).
 
 The calls are short and synchronous on purpose: an effect may not start before its row is on the disk. Each raises
 SealiftError when the disk fails.
@@ -11,12 +12,16 @@ SealiftError when the disk fails.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import UUID
 
 from pydantic import TypeAdapter
 
+from sealift.agent.new_images import NewImage
+from sealift.domain.conversion import ConversionOrder, ConversionStatus
 from sealift.domain.move import MOVE_FINAL, MoveOrder, MoveState, MoveStatus, Role
 from sealift.domain.vm import HardwareRecord, VmConfig
 from sealift.errors import SealiftError, StaleFence
@@ -34,10 +39,21 @@ CREATE TABLE move (
 CREATE TABLE fence (vm TEXT PRIMARY KEY, fence INTEGER NOT NULL);
 CREATE TABLE refused_attempt (attempt TEXT PRIMARY KEY);
 """
-_VERSION = 1
+_ENCRYPTION = """
+CREATE TABLE conversion (
+    id TEXT PRIMARY KEY, "order" TEXT NOT NULL, status TEXT NOT NULL, images TEXT NOT NULL
+);
+CREATE TABLE vm_file (vm TEXT PRIMARY KEY, generation INTEGER NOT NULL, sha256 TEXT NOT NULL);
+"""
+_STEPS = (_SCHEMA, _ENCRYPTION)
+"""What makes each version out of the one before. Rows of older versions stay as they are: what is new in their JSON has
+defaults."""
+_VERSION = len(_STEPS)
 
 _CONFIG, _HARDWARE = TypeAdapter(VmConfig), TypeAdapter(HardwareRecord)
 _ORDER, _STATUS, _PROCESS = TypeAdapter(MoveOrder), TypeAdapter(MoveStatus), TypeAdapter(ProcessRef)
+_CONVERSION, _CONVERTED = TypeAdapter(ConversionOrder), TypeAdapter(ConversionStatus)
+_IMAGES = TypeAdapter(tuple[NewImage, ...])
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,15 @@ class MoveRow:
     process: ProcessRef | None = None
 
 
+@dataclass(frozen=True)
+class ConversionRow:
+    """One conversion this host was ordered to make. ``images``: the new ones, from SWAPPING on."""
+
+    order: ConversionOrder
+    status: ConversionStatus
+    images: tuple[NewImage, ...] = ()
+
+
 class Journal:
     """Opens or makes the journal at ``path``; raises SealiftError when a newer agent wrote it."""
 
@@ -69,12 +94,12 @@ class Journal:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;")
-        elif version > _VERSION:
+        if version > _VERSION:
             raise SealiftError(
                 f"the agent's journal has version {version}, this agent knows {_VERSION}", todo="upgrade the agent"
             )
+        if missing := _STEPS[version:]:
+            self._db.executescript(f"BEGIN; {''.join(missing)} PRAGMA user_version={_VERSION}; COMMIT;")
 
     def close(self) -> None:
         self._db.close()
@@ -86,6 +111,18 @@ class Journal:
             raise SealiftError(
                 f"the agent's journal cannot be read or written: {error}", todo="look whether the disk is full"
             ) from error
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What is written inside takes effect whole or not at all."""
+        self._do("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._do("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._do("ROLLBACK")
+            raise
 
     # VMs
 
@@ -128,6 +165,59 @@ class Journal:
         if row and fence < row[0]:
             raise StaleFence(f"an order for VM {vm} carries fence {fence}; this host has seen {row[0]}")
         self._do("INSERT OR REPLACE INTO fence (vm, fence) VALUES (?, ?)", (str(vm), fence))
+
+    # configuration files of encrypted VMs
+
+    def note_file(self, vm: UUID, generation: int, sha256: str) -> None:
+        """Record that this configuration file was written."""
+        self._do(
+            "INSERT OR REPLACE INTO vm_file (vm, generation, sha256) VALUES (?, ?, ?)", (str(vm), generation, sha256)
+        )
+
+    def file_generation(self, vm: UUID) -> int:
+        """The highest generation written for the VM; 0 when there was none."""
+        row = self._do("SELECT generation FROM vm_file WHERE vm = ?", (str(vm),)).fetchone()
+        return int(row[0]) if row else 0
+
+    def file_sha256(self, vm: UUID) -> str:
+        """The SHA-256 of the file written last, in hex digits; empty when there was none."""
+        row = self._do("SELECT sha256 FROM vm_file WHERE vm = ?", (str(vm),)).fetchone()
+        return str(row[0]) if row else ""
+
+    # conversions
+
+    def put_conversion(self, row: ConversionRow) -> None:
+        """Insert or replace a conversion."""
+        self._do(
+            'INSERT OR REPLACE INTO conversion (id, "order", status, images) VALUES (?, ?, ?, ?)',
+            (
+                str(row.order.id),
+                _CONVERSION.dump_json(row.order),
+                _CONVERTED.dump_json(row.status),
+                _IMAGES.dump_json(row.images),
+            ),
+        )
+
+    def finish_conversion(self, row: ConversionRow, vm: VmRow) -> None:
+        """Record that a conversion is done and what the VM is now, both or neither."""
+        with self._together():
+            self.put_vm(vm)
+            self.put_conversion(row)
+
+    def conversions(self) -> list[ConversionRow]:
+        """Every conversion not yet forgotten."""
+        rows = self._do('SELECT "order", status, images FROM conversion').fetchall()
+        return [
+            ConversionRow(
+                _CONVERSION.validate_json(order), _CONVERTED.validate_json(status), _IMAGES.validate_json(images)
+            )
+            for order, status, images in rows
+        ]
+
+    def drop_conversion(self, conversion: UUID) -> None:
+        """Forget a conversion; an order for it is refused from now on."""
+        self.refuse_attempt(conversion)
+        self._do("DELETE FROM conversion WHERE id = ?", (str(conversion),))
 
     # moves
 
@@ -172,7 +262,7 @@ class Journal:
         self._do("DELETE FROM move WHERE attempt = ?", (str(attempt),))
 
     def refuse_attempt(self, attempt: UUID) -> None:
-        """From now on an order for this attempt is refused: it was aborted before it arrived, or is over."""
+        """From now on an order for this attempt (or conversion) is refused: it was ended before it came, or is over."""
         self._do("INSERT OR IGNORE INTO refused_attempt (attempt) VALUES (?)", (str(attempt),))
 
     def attempt_refused(self, attempt: UUID) -> bool:

@@ -40,6 +40,7 @@ class Parts:
     vms: Vms
     settings: AgentSettings
     recovered: bool
+    brought_keys: bool = False  # target: the order's keys of disks are held for this move alone, until it succeeds
 
 
 def marked(row: MoveRow, step: str) -> MoveRow:
@@ -55,7 +56,7 @@ class Move:
         self.order: MoveOrder = parts.row.order
         self.directory: Path = parts.row.directory
         self.vm, self.vms, self.log = parts.vm, parts.vms, parts.log
-        self.recovered, self.now = parts.recovered, now
+        self.recovered, self.brought_keys, self.now = parts.recovered, parts.brought_keys, now
         self.watch = Watch(parts.vm, parts.relay)
         self._row, self._relay, self._journal, self._settings = parts.row, parts.relay, parts.journal, parts.settings
 

@@ -15,6 +15,8 @@ from sealift.agent.commitlog import CommitLog, Mark
 from sealift.agent.handover import put_away
 from sealift.agent.journal import Journal, MoveRow, aborted_unseen, unfinished
 from sealift.agent.move import Move, Parts, marked
+from sealift.agent.needed_files import check_files
+from sealift.agent.order_checks import check_order, file_in
 from sealift.agent.recovery import answered, ended, without_qemu
 from sealift.agent.relays import Relays, relay_log
 from sealift.agent.settings import AgentSettings
@@ -22,8 +24,8 @@ from sealift.agent.source import SourceMove
 from sealift.agent.target import TargetMove
 from sealift.agent.vms import Vms
 from sealift.channel.doorman import remove_dead_doors
-from sealift.channel.protocol import CHANNEL_VERSION
 from sealift.channel.relay_client import RelayClient
+from sealift.domain.deks import Deks, wipe
 from sealift.domain.move import MOVE_FINAL, Answer, MoveOrder, MoveSecret, MoveState, MoveStatus, Role
 from sealift.domain.vm import VmState
 from sealift.errors import (
@@ -31,9 +33,7 @@ from sealift.errors import (
     ChannelError,
     Conflict,
     HypervisorError,
-    InvalidInput,
     NotFound,
-    PlanRefused,
     QemuGone,
     SealiftError,
 )
@@ -65,7 +65,7 @@ class Moves:
         """Begin to move a VM away; returns once the relay is there, the rest goes on by itself.
 
         An order that was carried out already is answered with its status. Raises StaleFence, Conflict, NotFound,
-        PlanRefused, ChannelError.
+        PlanRefused, InvalidInput, ChannelError.
         """
         async with self._lock:
             if (known := self._known(order.attempt)) is not None:
@@ -92,30 +92,37 @@ class Moves:
         except Exception as error:
             raise await self._undone(row, None, error) from None
 
-    async def take_target(self, order: MoveOrder, secret: MoveSecret) -> MoveStatus:
-        """Prepare to receive a VM; returns once its QEMU listens behind the relay. Raises as ``take_source``."""
+    async def take_target(self, order: MoveOrder, secret: MoveSecret, deks: Deks) -> MoveStatus:
+        """Prepare to receive a VM; returns once its QEMU listens behind the relay. Raises as ``take_source``.
+
+        ``deks``: keys of an encrypted VM's disks, held from now on; without them the host must hold them already, else
+        KeysNotHeld.
+        """
         async with self._lock:
             if (known := self._known(order.attempt)) is not None:
                 return known
             self._check(order, order.target)
             self._vms.reserve(order.vm, order.vm_name)
             try:
-                return await self._await_arrival(order, secret)
+                return await self._await_arrival(order, secret, deks)
             except BaseException:
                 self._vms.busy.discard(order.vm)
                 raise
 
-    async def _await_arrival(self, order: MoveOrder, secret: MoveSecret) -> MoveStatus:
+    async def _await_arrival(self, order: MoveOrder, secret: MoveSecret, deks: Deks) -> MoveStatus:
         if self._vms.has(order.vm):
             raise AlreadyExists(f"host {self._settings.name} has VM {order.vm_name} already")
         await self._hypervisor.check_record(order.hardware)
-        self._vms.check_files(order.hardware.config)
+        check_files(order.hardware.config, self._settings.name)
+        if (file := file_in(order)) is not None:
+            self._vms.files.refuse_older(order.vm, file)
         row = self._row(order, Role.TARGET)
         vm: Vm | None = None
+        brought = self._vms.vault.bring(order.vm, deks)
         try:
             self._put(row)
             commits = await asyncio.to_thread(self._log, order, Role.TARGET)
-            vm = await self._hypervisor.prepare_incoming(order.hardware, self._vms.paths(order.vm), {})
+            vm = await self._receiver(order)
             row = replace(marked(row, "qemu"), process=vm.process)
             self._journal.put_move(row)
             relay = await self._start_relay(row, secret, vm)
@@ -123,11 +130,20 @@ class Moves:
             await vm.configure_target(order.options)
             await vm.listen(row.directory / "incoming.sock")
             row = marked(row, "listening")
-            move = TargetMove(self._parts(row, vm, relay, commits, recovered=False))
+            move = TargetMove(replace(self._parts(row, vm, relay, commits, recovered=False), brought_keys=brought))
             move.note(MoveState.WAITING)
             return await self._begin(move)
         except Exception as error:
+            if brought:
+                self._vms.vault.forget(order.vm)
             raise await self._undone(row, vm, error) from None
+
+    async def _receiver(self, order: MoveOrder) -> Vm:
+        deks = self._vms.vault.take(order.vm, order.hardware.config.deks)
+        try:
+            return await self._hypervisor.prepare_incoming(order.hardware, self._vms.paths(order.vm), deks)
+        finally:
+            wipe(deks)
 
     def _known(self, attempt: UUID) -> MoveStatus | None:
         if attempt in self._moves or attempt in self._ended:
@@ -137,14 +153,7 @@ class Moves:
         return None
 
     def _check(self, order: MoveOrder, meant: UUID) -> None:
-        if meant != self._host or order.source == order.target:
-            raise InvalidInput("the migration order is not for this host")
-        if order.protection == "sealed" and not self._can_seal:
-            raise PlanRefused(f"host {self._settings.name} cannot seal a move", todo="plan it again")
-        if order.protection == "sealed" and order.channel_version != CHANNEL_VERSION:
-            raise PlanRefused(f"host {self._settings.name} does not speak channel version {order.channel_version}")
-        if order.hardware.config.uuid != order.vm:
-            raise InvalidInput("the migration order's hardware is another VM's")
+        check_order(order, meant, host=self._host, name=self._settings.name, can_seal=self._can_seal)
         self._journal.check_fence(order.vm, order.fence)
 
     def _row(self, order: MoveOrder, role: Role) -> MoveRow:
@@ -342,7 +351,7 @@ class Moves:
             await relay.close()
         status = await asyncio.to_thread(without_qemu, row, commits)
         if role is Role.TARGET and commits.last is Mark.COMMITTED:
-            self._vms.take_in(order.hardware, None)
+            self._vms.take_in(order, None)
         if status.state is MoveState.DONE:
             await self._vms.let_go(order.vm)
         shutil.rmtree(row.directory, ignore_errors=True)

@@ -126,7 +126,7 @@ class TargetMove(Move):
             await self._revoke(failure)
             return
         await self.watch.enter("committed")  # the answer must get through: our relay gives up no more
-        self.vms.take_in(self.order.hardware, self.vm)
+        self.vms.take_in(self.order, self.vm)
         # Not final before the source was told and the relay has ended: an agent that dies in between does it again.
         resumed_at = self.status.resumed_at
         if resumed_at is None and lost is None:
@@ -180,6 +180,8 @@ class TargetMove(Move):
         """Nothing of a VM that is not this host's stays here, but for the console of an earlier stay."""
         if state is not MoveState.FAILED:
             return
+        if self.brought_keys:
+            self.vms.vault.forget(self.order.vm)
         paths = self.vms.paths(self.order.vm)
         self.fold(paths.log)
         if paths.serial.exists() and not paths.serial.stat().st_size:

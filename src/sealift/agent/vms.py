@@ -1,10 +1,13 @@
-"""The VMs of this host: defined, started, stopped, found again after a restart of the agent, taken in and let go."""
+"""The VMs of this host: defined, started, stopped, found again after a restart of the agent, taken in and let go.
+
+A VM is encrypted here when its configuration names keys of disks (``VmConfig.deks``). It starts only from the
+configuration file that the order names, and only with keys that the vault holds.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +17,26 @@ import structlog
 
 from sealift.agent.commitlog import let_go_by
 from sealift.agent.journal import Journal, VmRow
+from sealift.agent.needed_files import check_files, make_images, to_be_made
 from sealift.agent.settings import AgentSettings
-from sealift.domain.vm import HardwareRecord, VmConfig, VmState, VmStatus
-from sealift.errors import AlreadyExists, Conflict, HypervisorError, NotFound, QemuGone, QmpTimeout, VmLetGo
+from sealift.agent.vault import Vault
+from sealift.agent.vm_files import VmFiles, from_order
+from sealift.domain.deks import wipe
+from sealift.domain.move import MoveOrder
+from sealift.domain.vm import VmConfig, VmState, VmStatus
+from sealift.errors import (
+    AlreadyExists,
+    Conflict,
+    HypervisorError,
+    InvalidInput,
+    NotFound,
+    QemuGone,
+    QmpTimeout,
+    SealiftError,
+    VmLetGo,
+)
 from sealift.hypervisor.base import Hypervisor, Vm, VmPaths
+from sealift.hypervisor.images import Images
 
 log = structlog.get_logger()
 
@@ -33,14 +52,20 @@ _STATES = {
 
 
 class Vms:
-    """Every VM this host holds. A VM in a move is ``busy``: only the move touches it."""
+    """Every VM this host holds. A VM in a move is ``busy``, one whose disks are converted is ``converting``: nothing
+    but the move or the conversion touches it."""
 
-    def __init__(self, settings: AgentSettings, journal: Journal, hypervisor: Hypervisor) -> None:
+    def __init__(
+        self, settings: AgentSettings, journal: Journal, hypervisor: Hypervisor, vault: Vault, images: Images
+    ) -> None:
         self._settings, self._journal, self._hypervisor = settings, journal, hypervisor
+        self.vault, self.files, self._images = vault, VmFiles(settings, journal), images
         self._rows = journal.vms()
         self._handles: dict[UUID, Vm] = {}
         self._locks: dict[UUID, asyncio.Lock] = {}
+        self._defining = asyncio.Lock()
         self.busy: set[UUID] = set()
+        self.converting: dict[UUID, UUID] = {}  # VM -> conversion
 
     def paths(self, vm: UUID) -> VmPaths:
         """Where a VM's sockets and logs lie on this host."""
@@ -109,7 +134,23 @@ class Vms:
         row = self.row(vm)
         state, message = await self._state(vm, row)
         accelerator = row.hardware.accelerator if row.hardware else None
-        return VmStatus(vm, row.config.name, state, row.config, row.hardware, accelerator, message)
+        file = b""
+        if row.config.deks:
+            try:
+                file = self.files.read(vm)
+            except SealiftError as error:  # one VM's file keeps nobody from the others
+                message = message or str(error)
+        return VmStatus(
+            vm,
+            row.config.name,
+            state,
+            row.config,
+            row.hardware,
+            accelerator,
+            message,
+            file=file.decode("latin-1"),
+            held=self.vault.held(vm),
+        )
 
     async def _state(self, vm: UUID, row: VmRow) -> tuple[VmState, str]:
         handle = self._handles.get(vm)
@@ -131,31 +172,37 @@ class Vms:
             return VmState.CRASHED, f"its QEMU ended by itself; see {self.paths(vm).log}"
         return VmState.STOPPED, ""
 
-    async def define(self, config: VmConfig) -> VmStatus:
-        """Take a VM's configuration in; raises AlreadyExists, or NotFound for a file it names that is not there."""
-        if config.uuid in self._rows or config.uuid in self.busy:
-            raise AlreadyExists(f"host {self._settings.name} has VM {config.uuid} already")
-        for row in self._rows.values():
-            if row.config.name == config.name:
-                raise AlreadyExists(f"host {self._settings.name} has a VM named {config.name} already")
-        self.check_files(config)
-        self._put(VmRow(config))
-        return await self.status(config.uuid)
+    async def define(self, config: VmConfig, *, file: str, made_by_conversion: bool) -> VmStatus:
+        """Take a VM's configuration in; ``file``: an encrypted one's configuration file (latin-1), else "".
 
-    def check_files(self, config: VmConfig) -> None:
-        """Raises NotFound for a file that the VM needs and this host cannot read."""
-        wanted = [disk.path for disk in config.disks]
-        if config.boot:
-            wanted += [path for path in (config.boot.kernel, config.boot.initrd) if path]
-        for path in wanted:
-            if not os.access(path, os.R_OK):
-                raise NotFound(
-                    f"VM {config.name}: host {self._settings.name} cannot read {path}",
-                    todo="create it there, or put it on a datastore that the host sees",
-                )
+        Images in clear that have a size and are not there are made, unless a conversion is to make them, encrypted
+        from the beginning. Raises AlreadyExists, NotFound for a file it names that is not there, InvalidInput.
+        """
+        async with self._defining:
+            if config.uuid in self._rows or config.uuid in self.busy:
+                raise AlreadyExists(f"host {self._settings.name} has VM {config.uuid} already")
+            for row in self._rows.values():
+                if row.config.name == config.name:
+                    raise AlreadyExists(f"host {self._settings.name} has a VM named {config.name} already")
+            found = from_order(file, config.uuid) if file else None
+            if (found.config if found else ()) != (config if config.deks else ()):
+                raise InvalidInput(f"VM {config.name}: its configuration and its configuration file do not agree")
+            if found is not None:
+                self.files.refuse_older(config.uuid, found)
+            if not made_by_conversion:
+                await make_images(config, self._images)
+            check_files(config, self._settings.name, but=to_be_made(config) if made_by_conversion else ())
+            if found is not None:
+                self.files.write(config.uuid, found)
+            self._put(VmRow(config))
+            return await self.status(config.uuid)
 
-    async def start(self, vm: UUID) -> VmStatus:
-        """Start a VM with the hardware its configuration gives now; raises VmLetGo, Conflict, HypervisorError."""
+    async def start(self, vm: UUID, file: str) -> VmStatus:
+        """Start a VM with the hardware its configuration gives now.
+
+        ``file``: of an encrypted VM the SHA-256 of its configuration file, in hex digits, else "". Raises VmLetGo,
+        Conflict, HypervisorError; VmTampered when the file here is another one, KeysNotHeld, InvalidInput.
+        """
         async with self._lock(vm):
             if attempt := let_go_by(self.commits(vm)):
                 raise VmLetGo(
@@ -167,14 +214,36 @@ class Vms:
             state, _ = await self._state(vm, row)
             if state not in (VmState.STOPPED, VmState.CRASHED):
                 raise Conflict(f"VM {row.config.name} is {state.value} on {self._settings.name}")
-            await self._end(vm)  # a guest that powered off leaves its QEMU behind
-            self.check_files(row.config)
-            record = await self._hypervisor.freeze(row.config)
-            self._put(replace(row, hardware=record, process=None, wanted=True))
-            handle = await self._hypervisor.start(record, self.paths(vm), {})
+            config = self.files.to_start_from(row.config, file)
+            deks = self.vault.take(vm, config.deks)
+            try:
+                await self._end(vm)  # a guest that powered off leaves its QEMU behind
+                check_files(config, self._settings.name)
+                record = await self._hypervisor.freeze(config)
+                self._put(replace(row, config=config, hardware=record, process=None, wanted=True))
+                handle = await self._hypervisor.start(record, self.paths(vm), deks)
+            finally:
+                wipe(deks)
             self._handles[vm] = handle
             self._put(replace(self._rows[vm], process=handle.process))
             await handle.cont_fresh()
+            return await self.status(vm)
+
+    async def put_file(self, vm: UUID, file: str) -> VmStatus:
+        """Write an encrypted VM's configuration file anew (latin-1), running or not; its disks' keys stay the same.
+
+        Raises Conflict for one older than the newest written here, or while the VM is moved or converted;
+        InvalidInput, BundleInvalid.
+        """
+        async with self._lock(vm):
+            row = self.row(vm)
+            self._refuse_busy(vm, row)
+            found = from_order(file, vm)
+            if found.config.deks != row.config.deks:
+                raise InvalidInput(f"the configuration file for VM {row.config.name} is of other disks or keys")
+            self.files.refuse_older(vm, found)
+            self.files.write(vm, found)
+            self._put(replace(row, config=found.config))
             return await self.status(vm)
 
     async def stop(self, vm: UUID, *, force: bool) -> VmStatus:
@@ -190,7 +259,10 @@ class Vms:
             return await self.status(vm)
 
     async def delete(self, vm: UUID) -> None:
-        """Forget a stopped VM and its logs; its disks stay. Raises Conflict while it runs or moves."""
+        """Forget a stopped VM, its keys, configuration file and logs; its disks stay.
+
+        Raises Conflict while it runs, moves or is converted.
+        """
         async with self._lock(vm):
             row = self.row(vm)
             self._refuse_busy(vm, row)
@@ -200,15 +272,42 @@ class Vms:
             await self._end(vm)
             self._journal.drop_vm(vm)
             del self._rows[vm]
+            self.vault.forget(vm)
             await asyncio.to_thread(shutil.rmtree, self.paths(vm).log.parent)
 
     def reserve(self, vm: UUID, name: str) -> None:
         """From now on only a move touches this VM (``busy``); raises Conflict while a move or an order has it."""
         if vm in self.busy:
             raise Conflict(f"VM {name} is being migrated already")
+        if vm in self.converting:
+            raise self._being_converted(vm, name)
         if self._lock(vm).locked():
             raise Conflict(f"VM {name} is being started, stopped or deleted", todo="try again when that is done")
         self.busy.add(vm)
+
+    async def reserve_for_conversion(self, vm: UUID, conversion: UUID) -> VmRow:
+        """From now on only this conversion touches the VM's disks; ``finish_conversion`` or ``unreserve`` ends that.
+
+        Raises NotFound, Conflict unless the VM is stopped or crashed and nothing else has it.
+        """
+        async with self._lock(vm):
+            row = self.row(vm)
+            self._refuse_busy(vm, row)
+            state, _ = await self._state(vm, row)
+            if state not in (VmState.STOPPED, VmState.CRASHED):
+                raise Conflict(f"VM {row.config.name} is {state.value} on {self._settings.name}", todo="stop it first")
+            await self._end(vm)  # a guest that powered off leaves its QEMU behind, which has the images open
+            self.converting[vm] = conversion
+            return self._rows[vm]
+
+    def unreserve(self, vm: UUID) -> None:
+        """The conversion has ended."""
+        self.converting.pop(vm, None)
+
+    def converted(self, row: VmRow) -> None:
+        """The VM is this from now on; the journal has it already."""
+        self._rows[row.config.uuid] = row
+        self.unreserve(row.config.uuid)
 
     def gone(self, vm: UUID) -> bool:
         """Whether no process of this VM is left here."""
@@ -217,17 +316,29 @@ class Vms:
             return False
         return row is None or row.process is None or not row.process.alive()
 
-    def take_in(self, hardware: HardwareRecord, handle: Vm | None) -> None:
-        """The VM of a committed move is this host's from now on; without a handle its QEMU is gone already."""
+    def take_in(self, order: MoveOrder, handle: Vm | None) -> None:
+        """The VM of a committed move is this host's from now on; without a handle its QEMU is gone already.
+
+        Its configuration file, if it is encrypted, is on the disk before the journal says so. Raises SealiftError.
+        """
+        config = order.hardware.config
+        if order.file:
+            file = from_order(order.file, order.vm)
+            self.files.write(order.vm, file)
+            config = file.config
         if handle is not None:
-            self._handles[hardware.config.uuid] = handle
-        self._put(VmRow(hardware.config, hardware, handle.process if handle else None, wanted=True))
+            self._handles[order.vm] = handle
+        self._put(VmRow(config, order.hardware, handle.process if handle else None, wanted=True))
 
     async def let_go(self, vm: UUID) -> None:
-        """The VM runs elsewhere: end its QEMU here and forget it. The commit log stays and refuses a start."""
+        """The VM runs elsewhere: end its QEMU here and forget it. The commit log stays and refuses a start.
+
+        Its keys stay in memory, so that it can come back while its key provider is away.
+        """
         await self._end(vm)
         self._journal.drop_vm(vm)
         self._rows.pop(vm, None)
+        self.files.remove(vm)
         self.paths(vm).log.unlink(missing_ok=True)
 
     async def _end(self, vm: UUID) -> None:
@@ -250,6 +361,14 @@ class Vms:
     def _refuse_busy(self, vm: UUID, row: VmRow) -> None:
         if vm in self.busy:
             raise Conflict(f"VM {row.config.name} is being migrated", todo="wait, or cancel the migration")
+        if vm in self.converting:
+            raise self._being_converted(vm, row.config.name)
+
+    def _being_converted(self, vm: UUID, name: str) -> Conflict:
+        return Conflict(
+            f"the disks of VM {name} are being converted on {self._settings.name} (conversion {self.converting[vm]})",
+            todo="wait until that is done, or cancel it",
+        )
 
 
 def _hangs(row: VmRow) -> QmpTimeout:

@@ -10,12 +10,15 @@ from contextlib import asynccontextmanager
 import structlog
 import uvicorn
 
-from sealift.agent.app import Agent, make_app
+from sealift.agent.agent import Agent
+from sealift.agent.app import make_app
 from sealift.agent.capabilities import cipher_facts
+from sealift.agent.conversions import Conversions
 from sealift.agent.join import Identity, join, load_identity
 from sealift.agent.journal import Journal
 from sealift.agent.moves import Moves
 from sealift.agent.settings import AgentSettings
+from sealift.agent.vault import Vault
 from sealift.agent.vms import Vms
 from sealift.channel.doorman import doorman_pid
 from sealift.channel.relay_client import start_doorman
@@ -23,6 +26,7 @@ from sealift.channel.relay_spec import split_address
 from sealift.domain.token import parse_token
 from sealift.entry.logs import log_to_stderr
 from sealift.errors import Conflict, SealiftError
+from sealift.hypervisor.images import Images
 from sealift.hypervisor.process import ProcessRef
 from sealift.hypervisor.qemu import QemuHypervisor
 from sealift.process import forbid_dumps, lock_memory
@@ -82,18 +86,22 @@ async def _agent(settings: AgentSettings, identity: Identity) -> AsyncIterator[A
     """The agent's parts, with everything found again that an earlier one left running."""
     cipher = await asyncio.to_thread(lambda: cipher_facts(enabled=settings.sealed_channel))
     hypervisor = QemuHypervisor(settings.qemu, settings.accelerator)
-    journal = Journal(settings.database)
-    vms = Vms(settings, journal, hypervisor)
+    journal, vault, images = Journal(settings.database), Vault(settings.name), Images()
+    vms = Vms(settings, journal, hypervisor, vault, images)
     moves = Moves(settings, identity.host, journal, hypervisor, vms, can_seal=not cipher.refusal)
+    conversions = Conversions(settings, journal, vms, images)
     try:
         await vms.adopt()
         await moves.recover()
+        await conversions.recover()
         if not cipher.refusal:
             moves.relays.keep_one()
-        yield Agent(settings, identity, cipher, hypervisor, journal, vms, moves)
+        yield Agent(settings, identity, cipher, hypervisor, images, journal, vms, moves, conversions)
     finally:
+        await conversions.close()
         await moves.close()
         await vms.close()
+        vault.close()
         journal.close()
 
 
