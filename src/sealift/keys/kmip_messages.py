@@ -104,7 +104,7 @@ class Call(Generic[_T]):
             _wipe(message)
 
     def _read(self, message: Item) -> _T:
-        if message.tag != Tag.RESPONSE_MESSAGE:
+        if message.tag != Tag.RESPONSE_MESSAGE or message.type is not ItemType.STRUCTURE:
             raise _invalid("it is no response message")
         header = _one(message, Tag.RESPONSE_HEADER, ItemType.STRUCTURE)
         if _number(header, Tag.BATCH_COUNT, ItemType.INTEGER) != 1:
