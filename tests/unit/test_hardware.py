@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from sealift.domain.vm import Accelerator, Boot, Disk, HardwareRecord, Network, VmConfig
 from sealift.errors import AcceleratorUnavailable, HardwareMismatch, InvalidInput
 from sealift.hypervisor.base import VmPaths
-from sealift.hypervisor.hardware import MAX_SOCKET_PATH, argv, record
+from sealift.hypervisor.hardware import MAX_SOCKET_PATH, argv, disk_nodes, record
 
 UUID_1 = UUID("11111111-2222-4333-8444-555555555555")
 MACHINES = {"q35": "pc-q35-7.2", "pc-q35-7.2": "pc-q35-7.2", "pc": "pc-i440fx-7.2", "pc-i440fx-7.2": "pc-i440fx-7.2"}
@@ -31,7 +31,9 @@ configs = st.builds(
     memory_bytes=st.integers(2048, 1 << 20).map(lambda units: units * 8192),
     machine=st.sampled_from(sorted(MACHINES)),
     cpu=st.sampled_from(["", "max", "qemu64", "Nehalem,-avx"]),
-    disks=st.lists(st.builds(Disk, paths_of_files, st.sampled_from(["qcow2", "raw"])), max_size=28).map(tuple),
+    disks=st.lists(
+        st.builds(Disk, paths_of_files, st.sampled_from(["qcow2", "raw"]), dek=st.none() | st.uuids()), max_size=28
+    ).map(tuple),
     network=st.sampled_from(
         [Network(), Network("user", mac="52:54:00:00:00:01"), Network("bridge", "br0", "52:54:00:00:00:02")]
     ),
@@ -83,8 +85,8 @@ def test_what_cannot_be_built_is_refused() -> None:
         frozen(PLAIN, Accelerator.AUTO)
     with pytest.raises(InvalidInput, match="28"):
         frozen(replace(PLAIN, disks=(Disk("/d", "raw"),) * 30))
-    with pytest.raises(HardwareMismatch, match="format 2"):
-        line(replace(frozen(PLAIN), version=2))
+    with pytest.raises(HardwareMismatch, match="format 3"):
+        line(replace(frozen(PLAIN), version=3))
     bridged = replace(PLAIN, network=Network("bridge", "br0", "52:54:00:00:00:02"))
     with pytest.raises(InvalidInput, match="br0"):
         argv(frozen(bridged), PATHS, incoming=False, binary="qemu")
@@ -142,12 +144,36 @@ def test_every_device_has_an_address_of_its_own(config: VmConfig) -> None:
 @given(configs)
 def test_disks_are_opened_directly_and_unprobed(config: VmConfig) -> None:
     graph = [json.loads(value) for value in after(line(frozen(config)), "-blockdev")]
-    assert len(graph) == 2 * len(config.disks)
-    for disk, file, image in zip(config.disks, graph[::2], graph[1::2], strict=True):
+    clear = [(number, disk) for number, disk in enumerate(config.disks) if disk.dek is None]
+    assert len(graph) == 2 * len(clear)
+    for (number, disk), file, image in zip(clear, graph[::2], graph[1::2], strict=True):
+        assert (file, image) == disk_nodes(number, disk)
         assert file["filename"] == disk.path
         assert image["driver"] == disk.format
         assert file["cache"]["direct"] is image["cache"]["direct"] is True
         assert disk.format == "raw" or image["backing"] is None
+
+
+@given(configs)
+def test_only_a_vm_with_encrypted_disks_waits_for_its_keys(config: VmConfig) -> None:
+    hardware = frozen(config)
+    args = line(hardware)
+    assert hardware.version == (2 if config.deks else 1)
+    assert ("-preconfig" in args) is bool(config.deks)
+    assert not any(disk.dek is not None and str(disk.dek) in word for disk in config.disks for word in args)
+    assert not any("secret" in word for word in args)
+    for number, disk in enumerate(config.disks):
+        file, image = disk_nodes(number, disk, secret_id="s")
+        assert f"disk{number}-image" in {device.get("drive") for device in devices(args)}
+        assert file["filename"] == disk.path
+        if disk.dek is not None and disk.format == "qcow2":
+            assert (image["driver"], image["encrypt"]) == ("qcow2", {"format": "luks", "key-secret": "s"})
+            assert image["backing"] is None
+        elif disk.dek is not None:
+            assert (image["driver"], image["key-secret"]) == ("luks", "s")
+        else:
+            assert "encrypt" not in image
+            assert "key-secret" not in image
 
 
 @given(configs)

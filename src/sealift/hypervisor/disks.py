@@ -13,17 +13,15 @@ import os
 import re
 import secrets
 import stat
-import struct
 from pathlib import Path
+from typing import Literal
 
 from sealift.domain.vm import Disk
 from sealift.errors import DatastoreNotShared, HypervisorError, InvalidInput
+from sealift.hypervisor.image_header import HEAD_BYTES, ImageHeader, parse
 
 _MARKER = re.compile(r"\.sealift-marker-[0-9a-f]{16}")
 _CONTENT_BYTES = 64  # hex digits
-
-_QCOW2_MAGIC = 0x514649FB
-_QCOW2_EXTERNAL_DATA = 1 << 2  # incompatible feature bit (QEMU docs/interop/qcow2)
 
 
 def _check_marker(path: Path) -> None:
@@ -88,8 +86,8 @@ def remove_marker(path: str) -> None:
 def check_image(disk: Disk) -> None:
     """Whether QEMU can open ``disk`` as we will: directly, and from this one file.
 
-    Raises HypervisorError: no such file, a file system without O_DIRECT (tmpfs), not a qcow2 image, or one that
-    refers to another file.
+    Raises HypervisorError: no such file, a file system without O_DIRECT (tmpfs), not a qcow2 image, one that refers
+    to another file, one in clear where it must be encrypted, or the other way round.
     """
     try:
         mode = os.stat(disk.path).st_mode
@@ -104,18 +102,48 @@ def check_image(disk: Disk) -> None:
                 todo="put the disk on another file system; tmpfs has none before Linux 6.6",
             ) from error
         raise HypervisorError(f"the disk {disk.path} cannot be opened: {error.strerror}") from error
-    if disk.format == "qcow2":
-        _check_qcow2(disk.path)
+    check_header(disk.path, disk.format, encrypted=disk.dek is not None)
 
 
-def _check_qcow2(path: str) -> None:
-    with open(path, "rb") as file:
-        head = file.read(80).ljust(80, b"\0")
-    magic, version, backing = struct.unpack_from(">IIQ", head)
-    if magic != _QCOW2_MAGIC:
-        raise HypervisorError(f"the disk {path} is not a qcow2 image", todo="correct its format in the VM file")
-    features = struct.unpack_from(">Q", head, 72)[0] if version >= 3 else 0
-    if backing or features & _QCOW2_EXTERNAL_DATA:
+def check_header(path: str, format: Literal["qcow2", "raw"], *, encrypted: bool) -> ImageHeader:
+    """What an image says of itself, when that is what it must be: whole, and encrypted by us or in clear.
+
+    Raises HypervisorError, naming the disk, when it is not.
+    """
+    try:
+        header = read_header(path, format)
+    except OSError as error:
+        raise HypervisorError(f"the disk {path} cannot be read: {error.strerror}") from error
+    if header.refers:
         raise HypervisorError(
             f"the disk {path} refers to another file", todo="make it whole: qemu-img convert -O qcow2 OLD NEW"
         )
+    if header.other_cipher:
+        raise HypervisorError(
+            f"the disk {path} is encrypted in a way that Sealift does not use",
+            todo="decrypt it with qemu-img convert",
+        )
+    if header.encrypted and not encrypted:
+        raise HypervisorError(
+            f"the disk {path} is to be in clear, but its image is encrypted",
+            todo="the image or the VM's configuration is not the one that belongs here: find the right one",
+        )
+    if encrypted and not header.encrypted:
+        # What the guest wrote would lie there for all to read.
+        raise HypervisorError(
+            f"the disk {path} is to be encrypted, but its image is in clear",
+            todo="the image or the VM's configuration is not the one that belongs here: find the right one",
+        )
+    return header
+
+
+def read_header(path: str, format: Literal["qcow2", "raw"]) -> ImageHeader:
+    """What an image says of itself; raises OSError, HypervisorError for what is no qcow2 image."""
+    with open(path, "rb", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)  # a block device's too
+        file.seek(0)
+        head = file.read(HEAD_BYTES)
+    try:
+        return parse(head, format, size)
+    except HypervisorError as error:
+        raise HypervisorError(f"the disk {path} cannot be used: {error.what}", todo=error.todo) from None

@@ -7,8 +7,8 @@ same machine as the source although the configuration file, the installed QEMU o
 - ``enforce``: a CPU that cannot be built as named ends the start instead of losing features in silence;
 - no option ROMs for the network card, whose sizes differ between packages.
 
-The command line holds no secret and no address of another host; the migration goes through a UNIX socket that is named
-over QMP later.
+The command line holds no secret and no address of another host: encrypted disks are added over QMP later, and the
+migration goes through a UNIX socket that is named over QMP, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from sealift.domain.vm import Accelerator, Disk, HardwareRecord, VmConfig
 from sealift.errors import AcceleratorUnavailable, HardwareMismatch, InvalidInput
 from sealift.hypervisor.base import VmPaths
 
-RECORD_VERSION = 1
+RECORD_VERSION, ENCRYPTED_RECORD_VERSION = 1, 2
+"""Formats of a record: 2 as soon as a disk is encrypted, so that an agent that knows nothing of keys refuses it."""
+
+RECORD_VERSIONS = frozenset({RECORD_VERSION, ENCRYPTED_RECORD_VERSION})
 MAX_SOCKET_PATH = 107
 """Bytes in a UNIX socket's path; ``sun_path`` has 108 with its closing zero."""
 
@@ -65,7 +68,7 @@ def record(
         raise InvalidInput(f"VM {config.name} has {len(devices)} devices", todo="give at most 28 disks")
     cpu = config.cpu or ("host" if accelerator is Accelerator.KVM else "max")
     return HardwareRecord(
-        version=RECORD_VERSION,
+        version=ENCRYPTED_RECORD_VERSION if config.deks else RECORD_VERSION,
         config=config,
         machine=machine,
         cpu=f"{cpu},enforce",
@@ -93,12 +96,14 @@ def argv(
 ) -> list[str]:
     """QEMU's command line for ``record``; the guest does not run until told to.
 
+    With encrypted disks QEMU waits before it builds the machine (``-preconfig``), which has devices for them already
+    but not what they stand on: ``disk_nodes`` are to be added over QMP, with their keys.
     ``tap_fd`` is the inherited descriptor of the tap, for a bridged network card. Raises HardwareMismatch for a record
     of a newer format, InvalidInput for paths too long.
     """
-    if record.version != RECORD_VERSION:
+    if record.version not in RECORD_VERSIONS:
         raise HardwareMismatch(
-            f"VM {record.config.name}: its hardware record has format {record.version}, known here is {RECORD_VERSION}",
+            f"VM {record.config.name}: its hardware record has format {record.version}, not known here",
             todo="upgrade this host's agent",
         )
     for socket in (paths.qmp, paths.rescue):
@@ -135,6 +140,8 @@ def argv(
         args += ["-initrd", config.boot.initrd] if config.boot.initrd else []
         args += ["-append", config.boot.cmdline] if config.boot.cmdline else []
     args.append("-S")
+    if config.deks:
+        args.append("-preconfig")
     if incoming:
         args += ["-incoming", "defer"]
     return args
@@ -159,11 +166,24 @@ def _network(record: HardwareRecord, bus: str, tap_fd: int | None) -> list[str]:
 
 
 def _disk(record: HardwareRecord, bus: str, number: int, disk: Disk) -> list[str]:
+    # Boot index 0 is taken by a kernel that is booted directly.
+    device = _device(record, bus, f"disk{number}", "virtio-blk-pci", drive=f"disk{number}-image", bootindex=number + 1)
+    if disk.dek is not None:
+        return device
+    nodes = disk_nodes(number, disk)
+    return [*(word for node in nodes for word in ("-blockdev", json.dumps(node))), *device]
+
+
+def disk_nodes(number: int, disk: Disk, *, secret_id: str = "") -> tuple[dict[str, object], dict[str, object]]:
+    """The two block nodes of disk ``number``: its file, and the image in it.
+
+    ``secret_id`` names the secret object that holds an encrypted disk's passphrase while they are added.
+    """
     # An explicit graph: nothing is probed. Not even a backing file that the image names is opened
     # (``disks.check_image`` refuses such an image beforehand, as the guest would see holes).
     name = f"disk{number}"
     cache = {"direct": True, "no-flush": False}
-    file = {
+    file: dict[str, object] = {
         "driver": "file",
         "node-name": f"{name}-file",
         "filename": disk.path,
@@ -171,7 +191,7 @@ def _disk(record: HardwareRecord, bus: str, number: int, disk: Disk) -> list[str
         "discard": "unmap",
     }
     image: dict[str, object] = {
-        "driver": disk.format,
+        "driver": "luks" if disk.dek is not None and disk.format == "raw" else disk.format,
         "node-name": f"{name}-image",
         "file": f"{name}-file",
         "cache": cache,
@@ -179,6 +199,8 @@ def _disk(record: HardwareRecord, bus: str, number: int, disk: Disk) -> list[str
     }
     if disk.format == "qcow2":
         image["backing"] = None
-    # Boot index 0 is taken by a kernel that is booted directly.
-    device = _device(record, bus, name, "virtio-blk-pci", drive=f"{name}-image", bootindex=number + 1)
-    return ["-blockdev", json.dumps(file), "-blockdev", json.dumps(image), *device]
+    if disk.dek is not None and disk.format == "raw":
+        image["key-secret"] = secret_id
+    elif disk.dek is not None:
+        image["encrypt"] = {"format": "luks", "key-secret": secret_id}
+    return file, image

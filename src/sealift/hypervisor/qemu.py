@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
@@ -19,16 +20,19 @@ from sealift.errors import (
     HypervisorError,
     QemuGone,
     QemuMissing,
+    QmpRefused,
     QmpTimeout,
 )
 from sealift.hypervisor import hardware
 from sealift.hypervisor.base import VmPaths
 from sealift.hypervisor.disks import check_image
+from sealift.hypervisor.passphrase import Passphrase
 from sealift.hypervisor.probe import runs_vcpu
 from sealift.hypervisor.process import ProcessRef, spawn
 from sealift.hypervisor.qemu_vm import QemuVm, is_served, remove_sockets, server_of
 from sealift.hypervisor.qmp import Qmp
 from sealift.hypervisor.tap import open_tap
+from sealift.hypervisor.unlock import check_held, unlock
 
 __all__ = ["QemuHypervisor", "QemuVm"]
 
@@ -177,15 +181,15 @@ class QemuHypervisor:
                 f"VM {name} was started by QEMU {record.qemu_version}; this host has the older {facts.version}",
                 todo="install the same or a newer QEMU here",
             )
-        if record.version != hardware.RECORD_VERSION:
+        if record.version not in hardware.RECORD_VERSIONS:
             raise HardwareMismatch(f"VM {name} has a hardware record of format {record.version}, not known here")
         await self._choose(record.accelerator, name)
 
     async def start(self, record: HardwareRecord, paths: VmPaths, deks: Deks) -> QemuVm:
-        return await self._launch(record, paths, incoming=False)
+        return await self._launch(record, paths, deks, incoming=False)
 
     async def prepare_incoming(self, record: HardwareRecord, paths: VmPaths, deks: Deks) -> QemuVm:
-        return await self._launch(record, paths, incoming=True)
+        return await self._launch(record, paths, deks, incoming=True)
 
     async def attach(self, paths: VmPaths, process: ProcessRef, uuid: UUID) -> QemuVm:
         return await QemuVm.connect(paths, process, uuid)
@@ -207,31 +211,43 @@ class QemuHypervisor:
         await vm.kill()
         return True
 
-    async def _launch(self, record: HardwareRecord, paths: VmPaths, *, incoming: bool) -> QemuVm:
+    async def _launch(self, record: HardwareRecord, paths: VmPaths, deks: Deks, *, incoming: bool) -> QemuVm:
+        config = record.config
+        check_held(config, deks)
         await self.check_record(record)
         binary, _ = self._find()
         await asyncio.to_thread(_prepare, record, paths)
         written = paths.log.stat().st_size if paths.log.exists() else 0
-        bridged = record.config.network.kind == "bridge"
-        tap = open_tap(record.config.network) if bridged else None
-        try:
+        with contextlib.ExitStack() as inherited:
+            passed: list[int] = []
+            tap = None
+            if config.network.kind == "bridge":
+                tap = open_tap(config.network)
+                inherited.callback(os.close, tap)
+                passed.append(tap)
+            passphrase = inherited.enter_context(Passphrase()) if config.deks else None
+            if passphrase is not None:
+                passed.append(passphrase.fd)
             args = hardware.argv(record, paths, incoming=incoming, binary=binary, tap_fd=tap)
-            process = spawn(args, log_path=paths.log, pass_fds=() if tap is None else (tap,), env=_environment())
-        finally:
-            if tap is not None:
-                os.close(tap)
-        try:
-            return await QemuVm.connect(paths, process, record.config.uuid, timeout=_START_S)
-        except BaseException as error:
-            process.kill()
-            await asyncio.shield(process.wait_exit(_START_S))
-            remove_sockets(paths)
-            if isinstance(error, HypervisorError):
-                raise HypervisorError(
-                    f"QEMU of VM {record.config.name} did not start: {_tail(paths.log, written) or error.what}",
-                    todo=f"see {paths.log}",
-                ) from error
-            raise
+            process = spawn(args, log_path=paths.log, pass_fds=passed, env=_environment())
+            vm: QemuVm | None = None
+            try:
+                vm = await QemuVm.connect(paths, process, config.uuid, timeout=_START_S)
+                if passphrase is not None:
+                    await unlock(vm.qmp, config, deks, passphrase, timeout=_START_S)
+                return vm
+            except BaseException as error:
+                process.kill()
+                await asyncio.shield(process.wait_exit(_START_S))
+                if vm is not None:
+                    await vm.close()
+                remove_sockets(paths)
+                if isinstance(error, QemuGone | QmpTimeout | QmpRefused):
+                    raise HypervisorError(
+                        f"QEMU of VM {config.name} did not start: {_tail(paths.log, written) or error.what}",
+                        todo=f"see {paths.log}",
+                    ) from error
+                raise
 
 
 def _prepare(record: HardwareRecord, paths: VmPaths) -> None:

@@ -132,6 +132,11 @@ class QemuVm:
         return self._uuid
 
     @property
+    def qmp(self) -> Qmp:
+        """The connection to it."""
+        return self._qmp
+
+    @property
     def qemu_version(self) -> str:
         """Version of the running QEMU; the installed one may be another by now."""
         return self._qmp.version
