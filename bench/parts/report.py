@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.chart import Bar, Group, chart
+from parts.goals import judge
 from parts.measure import Row, side
 from parts.routes import ENCRYPTED_PEERS, ROUTES
 
@@ -67,6 +68,22 @@ def write_links(docs: Path, settings: dict[str, Any], rows: Sequence[Row]) -> No
         lines.append([row["name"], f"`{row['path']}`", str(row["channels"]), *figures, _number(row["cpu_s_per_gb"], 2)])
     titles = ["link", "path", "channels", "s", "Gbit/s", "of plain", "at least 0.98", "CPU-s per GB"]
     _replace(docs / "benchmarks.md", "link", [_preamble(settings, rows), _markdown(titles, lines, left=2)])
+
+
+def write_at_rest(docs: Path, settings: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Put the tables of encryption at rest into benchmarks.md; raises ValueError when there are no markers."""
+    others = [row["others_cores"] for row in rows if row.get("others_cores") is not None]
+    meanwhile = f" Everybody else used {min(others):.2f} to {max(others):.2f} cores meanwhile." if others else ""
+    preamble = f"Measured on {settings['date']}, image of {settings['size_gib']:g} GiB.{meanwhile}"
+    titles = ["", "path", "runs", "s", "GB/s", "CPU-s per GB", "of `qemu-img`"]
+    lines = []
+    for row in rows:
+        figures = [_number(row.get("gb_per_s"), 3), _number(row.get("cpu_s_per_gb"), 2)]
+        figures.append(_number(row.get("throughput_ratio"), 2))
+        lines.append([row["name"], f"`{row['path']}`", str(row["runs"]), _number(row["seconds"], 3), *figures])
+    goals = [[one.goal, one.measured, "" if one.met is None else _met(one.met)] for one in judge(rows)]
+    parts = [preamble, _machine(settings), _markdown(titles, lines, left=2)]
+    _replace(docs / "benchmarks.md", "atrest", [*parts, _markdown(["goal", "measured", ""], goals, left=3)])
 
 
 def _preamble(settings: dict[str, Any], rows: Sequence[Row]) -> str:

@@ -1,0 +1,41 @@
+"""The goals of encryption at rest, and what rows of bench/parts/at_rest.py say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parts.measure import Row
+
+RATIO_GOAL = 0.8
+REKEY_GOAL_S, REKEY_GOAL_VMS = 10.0, 100
+START_GOAL_MS = 300.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A goal, what was measured, and whether that meets it; None when it was not measured at its full size."""
+
+    goal: str
+    measured: str
+    met: bool | None
+
+
+def judge(rows: Sequence[Row]) -> list[Judged]:
+    """What of the goals was met."""
+    found = []
+    for line in rows:
+        if "throughput_ratio" in line:
+            ratio = line["throughput_ratio"]
+            goal = f"{line['path']}: at least {RATIO_GOAL:g} of the throughput of `qemu-img convert`"
+            found.append(Judged(goal, f"{ratio:.2f}", ratio >= RATIO_GOAL))
+        if "vms" in line:
+            goal = f"a new key for {REKEY_GOAL_VMS} VMs in one command: under {REKEY_GOAL_S:g} s"
+            met = line["seconds"] < REKEY_GOAL_S if line["vms"] >= REKEY_GOAL_VMS else None
+            found.append(Judged(goal, f"{line['seconds']:.2f} s for {line['vms']}", met))
+    starts = {line["name"]: line["seconds"] for line in rows if line["path"] == "start"}
+    if starts:
+        more = (starts["encrypted"] - starts["plain"]) * 1000
+        goal = f"start of an encrypted VM: at most {START_GOAL_MS:g} ms slower than of a plain one"
+        found.append(Judged(goal, f"{more:.0f} ms", more <= START_GOAL_MS))
+    return found
