@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -197,6 +198,18 @@ class Cluster:
             host.process.wait()
             host.process = None
 
+    def lose_power(self, host: Host) -> None:
+        """End everything of a host at once; its state directory stays, its run directory is gone, as after a boot."""
+        self.kill_agent(host)
+        processes = list(_qemus(host))
+        for process in processes:
+            process.kill()
+        _end_rest(host)
+        for process in processes:
+            while process.alive():
+                time.sleep(0.01)
+        shutil.rmtree(host.run, ignore_errors=True)
+
     @staticmethod
     def _where(host: Host) -> list[str]:
         return ["--config", str(host.configuration), "--state", str(host.state)]
@@ -227,9 +240,13 @@ class Cluster:
             self.kill_agent(host, signal.SIGTERM)
             for process in _qemus(host):
                 process.kill()
-            for path in host.run.glob("moves/*/relay.sock"):
-                _close_relay(path)
-            _end_doorman(host.run / "doorman.lock")
+            _end_rest(host)
+
+
+def _end_rest(host: Host) -> None:
+    for path in host.run.glob("moves/*/relay.sock"):
+        _close_relay(path)
+    _end_doorman(host.run / "doorman.lock")
 
 
 def _qemus(host: Host) -> Iterator[Any]:

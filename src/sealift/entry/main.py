@@ -99,13 +99,19 @@ def _settings(config: Path, state: Path):  # type: ignore[no-untyped-def]  # noq
 
 
 @cli.command()
+@click.argument("what", type=click.Choice(("moves", "encrypted")), default="moves")
 @click.option("--keep", is_flag=True, help="Leave everything running at the end and print what to try.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON at the end.")
-def demo(keep: bool, as_json: bool) -> None:
-    """Move a real Linux guest between two hosts on this machine, sealed, and prove it."""
-    from sealift.demo.show import show
+def demo(what: str, keep: bool, as_json: bool) -> None:
+    """Show on a real Linux guest and hosts on this machine what Sealift does, and prove it.
 
-    sys.exit(show(keep=keep, as_json=as_json))
+    moves (the default): the guest moves between two hosts, sealed. encrypted: its disk is encrypted, under a key from
+    a key server.
+    """
+    from sealift.demo import encrypted, show
+
+    shown = encrypted if what == "encrypted" else show
+    sys.exit(shown.show(keep=keep, as_json=as_json))
 
 
 def main() -> None:
