@@ -14,6 +14,7 @@ words drawn from 2048 (88 bits) are what Sealift proposes, and others are measur
 
 from __future__ import annotations
 
+import binascii
 import re
 from collections.abc import Callable
 from typing import Final
@@ -34,9 +35,9 @@ MIN_SCORE: Final = 3
 _MEASURED: Final = 72  # zxcvbn refuses longer texts: its time grows with the square of the length
 MAX_EXPORT: Final = 1 << 16
 _PAYLOAD: Final = re.compile(
-    rb'\{"format":"sealift-key-provider","version":1,"name":"([A-Za-z0-9._-]{1,63})","kdk":"([0-9a-f]{64})"\}\n'
+    rb'\{"format":"sealift-key-provider","version":1,"name":"([A-Za-z0-9][A-Za-z0-9._-]{0,62})","kdk":"([0-9a-f]{64})"\}\n'
 )
-_OTHER_VERSION: Final = re.compile(rb'\{"format":"sealift-key-provider","version":([0-9]{1,9})[,}]')
+_VERSION: Final = re.compile(rb'\{"format":"sealift-key-provider","version":([0-9]{1,9})[,}]')
 
 
 def draw_words(draw: Callable[[int], bytes]) -> str:
@@ -58,15 +59,30 @@ def check_passphrase(text: str) -> None:
         raise _weak("is made of common words, names, dates or patterns")
 
 
+def encode_payload(provider_name: str, kdk: Secret) -> bytes:
+    """What is sealed in the file: the line of the module's docstring, with its newline."""
+    name = check_name("key provider", provider_name).encode()
+    digits = binascii.hexlify(kdk.reveal())
+    return b'{"format":"sealift-key-provider","version":1,"name":"' + name + b'","kdk":"' + digits + b'"}\n'
+
+
+def decode_payload(payload: bytes) -> tuple[str, Secret]:
+    """Name and key of ``encode_payload``; raises ExportInvalid, which never quotes what it was given."""
+    if found := _PAYLOAD.fullmatch(payload):
+        return found[1].decode(), Secret(binascii.unhexlify(found[2]), length=KDK_BYTES)
+    version = _VERSION.match(payload)
+    if version and int(version[1]) != 1:
+        raise _invalid(
+            f"it is of version {int(version[1])}", "import it with the Sealift that wrote it, or a newer one"
+        )
+    raise _invalid("it opens and is something else", "give the file that `sealift key-provider export` wrote")
+
+
 def seal_export(provider_name: str, kdk: Secret, passphrase: Secret) -> str:
     """The file for a provider's key derivation key. Takes about a second; the passphrase is UTF-8."""
-    name = check_name("key provider", provider_name).encode()
-    payload = bytearray(b'{"format":"sealift-key-provider","version":1,"name":"' + name + b'","kdk":"')
-    payload += kdk.reveal().hex().encode() + b'"}\n'
-    sealed = pyrage.passphrase.encrypt(bytes(payload), passphrase.reveal().decode(), armored=True)
-    payload[:] = bytes(len(payload))
-    text: str = sealed.decode()
-    return text
+    payload = encode_payload(provider_name, kdk)
+    sealed: bytes = pyrage.passphrase.encrypt(payload, passphrase.reveal().decode(), armored=True)
+    return sealed.decode()
 
 
 def open_export(file: str, passphrase: Secret) -> tuple[str, Secret]:
@@ -75,16 +91,12 @@ def open_export(file: str, passphrase: Secret) -> tuple[str, Secret]:
         raw, words = file.strip().encode("ascii"), passphrase.reveal().decode()
         payload = pyrage.passphrase.decrypt(raw if len(raw) <= MAX_EXPORT else b"", words)
     except pyrage.DecryptError as error:
-        # The library's words, of which the first line says it; it does not know what it would have to keep secret.
+        # The library's words, of which the first line says it; it does not quote what it was given.
         said = (str(error).splitlines() or ["no reason"])[0]
         raise _invalid(f"it does not open ({said})", "check the passphrase, and that the file is whole") from None
     except UnicodeError:
         raise _invalid("file or passphrase is no text", "give the file as it was exported") from None
-    if found := _PAYLOAD.fullmatch(payload):
-        return found[1].decode(), Secret(bytes.fromhex(found[2].decode()), length=KDK_BYTES)
-    if other := _OTHER_VERSION.match(payload):
-        raise _invalid(f"it is of version {int(other[1])}", "import it with the Sealift that wrote it, or a newer one")
-    raise _invalid("it opens and is something else", "give the file that `sealift key-provider export` wrote")
+    return decode_payload(payload)
 
 
 def _weak(why: str) -> PassphraseWeak:

@@ -30,7 +30,6 @@ from sealift.domain.vm import check_name
 from sealift.errors import (
     AlreadyExists,
     KeyMissing,
-    KeyNotActive,
     KeyProviderError,
     ProviderAnswerInvalid,
     ProviderUnreachable,
@@ -132,7 +131,7 @@ class NativeProvider:
     async def get(self, key_id: str) -> Secret:
         """See ``KeyProvider``."""
         if await self.state(key_id) is KeyState.DESTROYED:
-            raise self._missing(key_id, "was destroyed")
+            raise self._missing(key_id, f"is {KeyState.DESTROYED.value}")
         return hkdf(await self._key(), _KEK_LABEL + key_id.encode())
 
     async def state(self, key_id: str) -> KeyState:
@@ -196,9 +195,7 @@ class NativeProvider:
         with self._book() as db:
             before = _state(db, key_id)
             if state not in _MAY_BECOME[before]:
-                raise KeyNotActive(
-                    f"key {key_id} of key provider {self._name} is {before.value}", todo="rekey the VM with a new key"
-                )
+                raise self._missing(key_id, f"is {before.value}")
             # The label of a key made elsewhere is not known; nobody looks for the empty one.
             db.execute(
                 "INSERT INTO keys VALUES (?, '', ?) ON CONFLICT (key_id) DO UPDATE SET state = excluded.state",
