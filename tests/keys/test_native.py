@@ -25,7 +25,7 @@ from sealift.errors import (
 from sealift.keys.kinds import open_provider
 from sealift.keys.native import NativeProvider
 from sealift.keys.provider import KeyState, new_key
-from sealift.keys.storage import TOOL, KeyStorage, choose_storage, find_storage
+from sealift.keys.storage import TOOL, KeyStorage, choose_storage, find_storage, seals_here
 from sealift.secret import Secret
 
 KDK = bytes(range(1, 33))
@@ -170,7 +170,7 @@ def test_people_are_told_where_the_key_is_and_what_destroying_means(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("tool", "works", "chosen"),
+    ("booted", "seals", "chosen"),
     [
         (True, True, KeyStorage.SYSTEMD_CREDS),
         (True, False, KeyStorage.FILE),
@@ -178,12 +178,13 @@ def test_people_are_told_where_the_key_is_and_what_destroying_means(tmp_path: Pa
         (False, True, KeyStorage.FILE),
     ],
 )
-def test_systemd_creds_is_chosen_where_it_works(tool: bool, works: bool, chosen: KeyStorage) -> None:
-    assert choose_storage(tool=tool, works=works) is chosen
+def test_systemd_creds_is_chosen_where_it_will_stay(booted: bool, seals: bool, chosen: KeyStorage) -> None:
+    assert choose_storage(booted=booted, seals=seals) is chosen
 
 
 def test_without_systemd_creds_a_file_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert not seals_here()
     assert find_storage() is KeyStorage.FILE
     with pytest.raises(ProviderUnreachable, match="not on this machine"):
         NativeProvider.make("built-in", tmp_path / "p", kdk=Secret(KDK, length=32), storage=KeyStorage.SYSTEMD_CREDS)
@@ -194,7 +195,7 @@ def test_systemd_creds_seals_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     # The host's secret of systemd-creds, which only root has, stays out of this: systemd-creds(1), ENVIRONMENT.
     monkeypatch.setenv("SYSTEMD_CREDENTIAL_SECRET", str(tmp_path / "host-secret"))
     directory = tmp_path / "p"
-    assert find_storage() is KeyStorage.SYSTEMD_CREDS
+    assert seals_here()
     provider = NativeProvider.make("built-in", directory, kdk=Secret(KDK, length=32), storage=KeyStorage.SYSTEMD_CREDS)
     key_id = asyncio.run(new_key(provider, "web1"))
     key = asyncio.run(provider.get(key_id)).reveal()

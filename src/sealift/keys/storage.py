@@ -1,7 +1,8 @@
 """Where a native key provider's key derivation key (KDK) lies: sealed by systemd-creds, or in a file of its own.
 
     kdk.cred    systemd-creds(1) sealed it to this machine: to its TPM where it has one, and to the host's secret in
-                /var/lib/systemd. Stolen disks without the machine do not open it; root on the machine does.
+                /var/lib/systemd. A backup of Sealift's state does not open it; with a TPM a stolen disk does not
+                either. Root on the machine does.
     kdk         32 raw bytes, mode 0600: whoever reads the file, or a backup of it, has the key
 
 With a TPM the seal is bound to no PCR: an update of the firmware must not lock every VM. The key goes to and from
@@ -10,7 +11,6 @@ systemd-creds through pipes. It is never in the database, on a command line or i
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -18,12 +18,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from sealift.errors import AlreadyExists, KeyProviderError, ProviderUnreachable
+from sealift.errors import AlreadyExists, ProviderUnreachable
 from sealift.secret import Secret
 
 KDK_BYTES: Final = 32
 TOOL: Final = "systemd-creds"
 _TIMEOUT_S: Final = 30
+_BOOTED: Final = Path("/run/systemd/system")  # sd_booted(3)
 
 
 class KeyStorage(Enum):
@@ -33,23 +34,30 @@ class KeyStorage(Enum):
     FILE = "kdk"
 
 
-def choose_storage(*, tool: bool, works: bool) -> KeyStorage:
-    """systemd-creds where it is there and just sealed and opened something, else a file."""
-    return KeyStorage.SYSTEMD_CREDS if tool and works else KeyStorage.FILE
+def choose_storage(*, booted: bool, seals: bool) -> KeyStorage:
+    """systemd-creds where systemd is this machine's init and it just sealed and opened something, else a file.
+
+    In a container without systemd the host's secret would be thrown away with the container, and the KDK with it.
+    """
+    return KeyStorage.SYSTEMD_CREDS if booted and seals else KeyStorage.FILE
 
 
 def find_storage() -> KeyStorage:
-    """What is to be had on this machine, found out by sealing and opening a trial value; may take seconds (TPM).
+    """What is to be had on this machine; may take seconds (TPM)."""
+    booted = _BOOTED.is_dir()
+    return choose_storage(booted=booted, seals=booted and seals_here())
 
-    systemd-creds makes the host's secret in /var/lib/systemd when there is none yet.
+
+def seals_here() -> bool:
+    """Whether systemd-creds seals a trial value here and opens it again; False where it is not there.
+
+    It makes the host's secret when there is none yet.
     """
-    tool = shutil.which(TOOL) is not None
-    works = False
-    if tool:
-        trial = Secret(bytes(KDK_BYTES), length=KDK_BYTES)
-        with contextlib.suppress(KeyProviderError):
-            works = _open("trial", _seal("trial", trial)).reveal() == trial.reveal()
-    return choose_storage(tool=tool, works=works)
+    trial = Secret(bytes(KDK_BYTES), length=KDK_BYTES)
+    try:
+        return _open("trial", _seal("trial", trial)).reveal() == trial.reveal()
+    except ProviderUnreachable:
+        return False
 
 
 def stored(directory: Path) -> KeyStorage | None:
