@@ -71,11 +71,14 @@ async def _first_tokens(state: Path) -> tuple[str, str]:
 
 def run(state: Path) -> None:
     """Serve until SIGTERM or SIGINT; raises NotFound when ``state`` holds no controller."""
-    from sealift.process import forbid_dumps
+    from sealift.process import forbid_dumps, lock_memory
 
     load_settings(state)
-    forbid_dumps()  # one-time keys pass through this process
+    forbid_dumps()  # one-time keys and keys of encrypted VMs pass through this process
     log_to_stderr()
+    if not lock_memory():
+        log = structlog.get_logger("sealift.controller")
+        log.info("memory.swappable", todo="allow RLIMIT_MEMLOCK unlimited or CAP_IPC_LOCK, or have no clear swap")
     asyncio.run(_serve(state))
 
 
