@@ -1,14 +1,7 @@
 """`sealift migrate` and `sealift migration`, against a real controller whose hosts play what a test wrote."""
 
-import contextlib
-import errno
 import json
-import os
-import pty
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +14,7 @@ from sealift.cli import watching
 from sealift.domain.move import LinkDown, LinkReport, MoveOrder, MoveState, Outage, Progress
 from support.command_line import CommandLine
 from support.deployment import Deployment, a_deployment
+from support.terminal import terminal
 
 VM = 'name = "web"\nvcpus = 2\nmemory = "512MiB"\n'
 COPYING = Progress(total_bytes=1 << 30, remaining_bytes=1 << 29, transferred_bytes=3 << 28, rate=100e6, passes=1)
@@ -238,62 +232,6 @@ def test_a_migration_that_is_not_there(deployment: Deployment, sealift: CommandL
 )
 def test_a_wrong_wish_asks_nothing_of_the_controller(sealift: CommandLine, words: list[str]) -> None:
     sealift.fails(2, "migrate", "web", "--to", "b", *words)
-
-
-class Terminal:
-    """`sealift` as a process of its own on a terminal."""
-
-    def __init__(self, home: Path, *words: str) -> None:
-        self.text = ""
-        self._ours, theirs = pty.openpty()
-        environment = {**os.environ, "XDG_CONFIG_HOME": str(home), "TERM": "xterm-256color", "COLUMNS": "120"}
-        # As from a terminal: what a shell runs in its background it starts with Ctrl-C ignored, and so are we perhaps.
-        heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-        program = f"{heed}; from sealift.cli.main import cli, run; run(cli)"
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, theirs)
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", program, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
-            )
-
-    def until(self, pattern: str) -> None:
-        """Read until ``pattern`` was shown; the test's timeout bounds it."""
-        while not re.search(pattern, self.text):
-            assert self._read(), f"ended without {pattern}: {self.text}"
-
-    def press_ctrl_c(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-
-    def end(self) -> int:
-        """Read to the end; the exit code."""
-        while self._read():
-            pass
-        return self.process.wait()
-
-    def _read(self) -> bool:
-        try:
-            found = os.read(self._ours, 65536)
-        except OSError as error:
-            if error.errno != errno.EIO:  # how a terminal says that the other end is closed
-                raise
-            return False
-        self.text += found.decode()
-        return bool(found)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        os.close(self._ours)
-
-
-@contextlib.contextmanager
-def terminal(sealift: CommandLine, *words: str) -> Iterator[Terminal]:
-    made = Terminal(sealift.home, *words)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def test_the_bar_shows_phase_bytes_rate_and_time_left(deployment: Deployment, sealift: CommandLine) -> None:

@@ -157,12 +157,15 @@ def _row(one: Rekeyed) -> tuple[str, ...]:
 @json_option
 @pass_output
 def restore_config(output: Output, name: str) -> None:
-    """Put back the last authentic copy of an encrypted VM's configuration file on its host."""
+    """Put back the last authentic copy of an encrypted VM's configuration file on its host.
+
+    If the file there is authentic and newer than the controller's copy, it is taken over instead.
+    """
     with connect() as client:
         found = client.restore_config(name)
     if output.json:
         output.document(found)
-    output.say(f"VM {found.name} on {found.host} has the configuration file again that was written for it last.")
+    output.say(f"VM {found.name} on {found.host} has an authentic configuration file again.")
 
 
 def _provider(name: str | None) -> str | None:

@@ -222,7 +222,9 @@ def show(output: Output, name: str) -> None:
         output.say("Our certificate:")
         output.block(found.client_certificate)
     if found.certificate_request:
-        output.say(f"Our request, to be signed; then `sealift key-provider certificate {found.name} FILE`:")
+        output.say(
+            f"Our request for one; `sealift key-provider certificate {found.name} FILE` takes what is signed for it:"
+        )
         output.block(found.certificate_request)
 
 
@@ -293,9 +295,11 @@ def remove(output: Output, name: str, force: bool) -> None:
         output.document(found)
         return
     output.say(f"Key provider {found.name} is removed.")
+    if found.lost:
+        output.say(f"{found.lost}.")
     if found.locks:
         output.say(f"These VMs are locked from now on: {', '.join(found.locks)}.")
-        output.say("Add the provider again under the same name, or import its export, and they unlock by themselves.")
+        output.say("Once a provider with their keys is back under that name, they unlock by themselves.")
 
 
 @key_provider.command()
