@@ -7,6 +7,7 @@ directory that they know. The other, ``saying``, is TLS and the encoding of KMIP
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -126,6 +127,70 @@ def server_context(authority: ServerAuthority, certificate: Path) -> ssl.SSLCont
     return context
 
 
+class Store:
+    """Keys of a cluster, and right answers about them; servers that share a store replicate at once.
+
+    ``before`` and ``after`` are called with each operation and may raise ``Hang`` or ``Die``: before it was carried
+    out, and when only the answer is missing.
+    """
+
+    def __init__(self) -> None:
+        self.labels: dict[str, str] = {}
+        self.states: dict[str, int] = {}
+        self.materials: dict[str, bytes] = {}
+
+    def add(self, label: str, state: int = 1) -> str:
+        """A key in this state, as ``enum State`` numbers them."""
+        key_id = f"key-{len(self.labels) + 1}"
+        self.labels[key_id], self.states[key_id], self.materials[key_id] = label, state, os.urandom(32)
+        return key_id
+
+    def answers(
+        self,
+        *,
+        before: Callable[[Operation], None] = lambda operation: None,
+        after: Callable[[Operation], None] = lambda operation: None,
+    ) -> Answer:
+        """A server's way of answering."""
+
+        def answer(operation: Operation, payload: Item) -> bytes:
+            before(operation)
+            said = self._carry_out(operation, payload)
+            after(operation)
+            return said
+
+        return answer
+
+    def _carry_out(self, operation: Operation, payload: Item) -> bytes:
+        if operation is Operation.CREATE:
+            key_id = self.add(_label(payload))
+            return message(operation, enumeration(Tag.OBJECT_TYPE, 2), text(Tag.UNIQUE_IDENTIFIER, key_id))
+        if operation is Operation.LOCATE:
+            wanted = _label(payload)
+            found = [key_id for key_id, label in self.labels.items() if label == wanted]
+            return message(operation, *(text(Tag.UNIQUE_IDENTIFIER, each) for each in found))
+        key_id = str(_inner(payload, Tag.UNIQUE_IDENTIFIER).value)
+        if key_id not in self.states:
+            return refusal(operation, 1, f"no {key_id} here")
+        if operation is Operation.GET:
+            if self.states[key_id] >= 5:
+                return refusal(operation, 0xB, "it is destroyed")
+            return message(operation, *key_item(key_id, self.materials[key_id]))
+        if operation is Operation.GET_ATTRIBUTES:
+            state = enumeration(Tag.ATTRIBUTE_VALUE, self.states[key_id])
+            attribute = structure(Tag.ATTRIBUTE, text(Tag.ATTRIBUTE_NAME, "State"), state)
+            return message(operation, text(Tag.UNIQUE_IDENTIFIER, key_id), attribute)
+        needs, becomes = {
+            Operation.ACTIVATE: ((1,), 2),
+            Operation.REVOKE: ((2,), 3),
+            Operation.DESTROY: ((1, 3), 5),
+        }[operation]
+        if self.states[key_id] not in needs:
+            return refusal(operation, 0xC, "not in this state")
+        self.states[key_id] = becomes
+        return message(operation, text(Tag.UNIQUE_IDENTIFIER, key_id))
+
+
 @asynccontextmanager
 async def saying(context: ssl.SSLContext | None, answer: Answer, *, greets: bool = True) -> AsyncIterator[Saying]:
     """Serve on loopback. With ``greets`` DiscoverVersions is answered by itself. Without a context there is no TLS."""
@@ -170,12 +235,20 @@ async def saying(context: ssl.SSLContext | None, answer: Answer, *, greets: bool
 
 
 def _asked(request: Item) -> tuple[Operation, Item]:
-    def inner(item: Item, tag: Tag) -> Item:
-        assert isinstance(item.value, tuple)
-        (found,) = [each for each in item.value if each.tag == tag]
-        return found
-
-    batch = inner(request, Tag.BATCH_ITEM)
-    number = inner(batch, Tag.OPERATION).value
+    batch = _inner(request, Tag.BATCH_ITEM)
+    number = _inner(batch, Tag.OPERATION).value
     assert isinstance(number, int)
-    return Operation(number), inner(batch, Tag.REQUEST_PAYLOAD)
+    return Operation(number), _inner(batch, Tag.REQUEST_PAYLOAD)
+
+
+def _inner(item: Item, tag: Tag) -> Item:
+    assert isinstance(item.value, tuple)
+    (found,) = [each for each in item.value if each.tag == tag]
+    return found
+
+
+def _label(item: Item) -> str:
+    """The value of the one Name in it."""
+    if isinstance(item.value, tuple):
+        return "".join(_label(each) for each in item.value)
+    return str(item.value) if item.tag == Tag.NAME_VALUE else ""

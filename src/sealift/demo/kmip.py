@@ -35,6 +35,12 @@ from sealift.errors import SealiftError, ToolMissing
 ADDRESS: Final = "127.0.0.1"
 _START_S: Final = 30.0
 _LIFE: Final = datetime.timedelta(days=30)
+_FIRST_ID: Final = """
+    INSERT INTO sqlite_sequence (name, seq) SELECT 'managed_objects', 700000
+    WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'managed_objects')
+"""
+"""PyKMIP counts its key ids from 1, and a "1" is found in any message that should name a key."""
+
 _SLACK: Final = datetime.timedelta(minutes=5)
 
 
@@ -209,6 +215,8 @@ def serve(configuration: str, log: str, database: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         engine = sqlalchemy.create_engine(f"sqlite:///{database}")
         tables.Base.metadata.create_all(engine)
+        with engine.begin() as connection:
+            connection.exec_driver_sql(_FIRST_ID)
         engine.dispose()
     with server.KmipServer(config_path=configuration, log_path=log, live_policies=False) as running:
         running.serve()

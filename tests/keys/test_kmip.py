@@ -1,0 +1,166 @@
+"""The KMIP provider on PyKMIP's real server: two processes that are members of one cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from contract.check_key_provider import check_key_provider
+from sealift.demo.kmip import KmipServers
+from sealift.errors import (
+    KeyMissing,
+    ProviderRefused,
+    ProviderUnreachable,
+)
+from sealift.keys import kmip_trust
+from sealift.keys.kmip import KmipProvider
+from sealift.keys.provider import KeyState, MemberHealth, new_key
+from support.kmip_server import client
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KmipServers]:
+    found = KmipServers(tmp_path_factory.mktemp("kmip"), members=2)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def known(servers: KmipServers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a provider whose client the servers know."""
+    return client(servers.authority, tmp_path_factory.mktemp("client"))
+
+
+def test_it_keeps_every_promise_of_a_key_provider(servers: KmipServers, known: Path) -> None:
+    asyncio.run(check_key_provider(lambda: KmipProvider("kms", servers.members, known)))
+
+
+def test_members_have_each_others_keys(servers: KmipServers, known: Path) -> None:
+    async def main() -> None:
+        first, second = (KmipProvider("kms", [member], known) for member in servers.members)
+        key_id = await new_key(first, "members have each other's keys")
+        assert (await first.get(key_id)).reveal() == (await second.get(key_id)).reveal()
+        await second.destroy(key_id)
+        with pytest.raises(KeyMissing, match=f"kms cannot get key {key_id}: {servers.members[0]}: item not found"):
+            await first.get(key_id)
+        await first.close()
+        await second.close()
+
+    asyncio.run(main())
+
+
+def test_members_may_go_and_come_back(servers: KmipServers, known: Path) -> None:
+    async def main() -> None:
+        provider = KmipProvider("kms", servers.members, known)
+        key_id = await new_key(provider, "members may go and come back")
+        key = (await provider.get(key_id)).reveal()
+        one, other = servers.members
+
+        servers.kill(0)  # while a connection to it is kept
+        assert (await provider.get(key_id)).reveal() == key
+        second = await new_key(provider, "made while one member was away")
+        health = await provider.probe()
+        assert health.ok
+        assert health.members == (
+            MemberHealth(one, False, "no connection: Connection refused"),
+            MemberHealth(other, True),
+        )
+
+        servers.kill(1)
+        with pytest.raises(ProviderUnreachable) as gone:
+            await provider.get(key_id)
+        for said in ("kms", key_id, f"{one}: no connection", f"{other}: no connection"):
+            assert said in gone.value.what
+        assert not (await provider.probe()).ok
+
+        servers.start()  # not waiting until their pauses are over
+        assert (await provider.get(key_id)).reveal() == key
+        assert await provider.state(second) is KeyState.ACTIVE
+        assert [member.ok for member in (await provider.probe()).members] == [True, True]
+
+        servers.kill(0)
+        servers.start()
+        assert (await provider.get(key_id)).reveal() == key, "a connection that was closed meanwhile is made anew"
+        await provider.close()
+
+    asyncio.run(main())
+
+
+def test_a_member_that_hangs_is_given_up(servers: KmipServers, known: Path) -> None:
+    async def main() -> None:
+        provider = KmipProvider("kms", servers.members, known, connect_s=0.3, answer_s=0.3)
+        key_id = await new_key(provider, "a member that hangs is given up")
+        servers.pause(0)
+        try:
+            assert len((await provider.get(key_id)).reveal()) == 32
+            (hanging, well) = (await provider.probe()).members
+            assert (hanging.ok, hanging.message) == (False, "no connection within 0.3 s")
+            assert well.ok
+        finally:
+            servers.resume(0)
+        await provider.close()
+
+    asyncio.run(main())
+
+
+def test_another_client_gets_nothing_and_is_told_why(servers: KmipServers, known: Path, tmp_path: Path) -> None:
+    other, unknown = tmp_path / "other", tmp_path / "unknown"
+    for directory in (other, unknown):
+        kmip_trust.pin(directory, servers.authority.pem)
+    kmip_trust.request(other, "somebody else")
+    kmip_trust.accept_certificate(other, servers.authority.client(kmip_trust.certificate_request(other)))
+    kmip_trust.generate(unknown, "sealift-controller")
+
+    async def main() -> None:
+        provider = KmipProvider("kms", servers.members, known)
+        key_id = await new_key(provider, "of the first client")
+        stranger = KmipProvider("kms", servers.members, other)
+        with pytest.raises(ProviderRefused, match=r"refused to get key \d+: .*: permission denied") as refused:
+            await stranger.get(key_id)
+        await stranger.close()
+        assert servers.members[1] not in refused.value.what, "a server that says no is not asked around"
+        with pytest.raises(ProviderRefused, match=r"does not take our certificate: .*unknown ca"):
+            await KmipProvider("kms", servers.members, unknown).get(key_id)
+        await provider.close()
+
+    asyncio.run(main())
+
+
+def test_the_servers_own_certificate_can_be_pinned(servers: KmipServers, known: Path, tmp_path: Path) -> None:
+    own = (servers.directory / "server.pem").read_text()
+    own = own[own.index("-----BEGIN CERTIFICATE") :]
+    imitation = servers.authority.server(tmp_path / "imitation.pem", "127.0.0.1")
+
+    async def asked(pinned: str) -> str:
+        kmip_trust.pin(known, pinned)
+        provider = KmipProvider("kms", servers.members, known)
+        try:
+            return (await provider.probe()).message
+        finally:
+            await provider.close()
+
+    try:
+        assert asyncio.run(asked(own)) == ""
+        assert asyncio.run(asked(imitation + own)) == ""
+        assert "it cannot show that it is that server" in asyncio.run(asked(imitation))
+    finally:
+        kmip_trust.pin(known, servers.authority.pem)
+
+
+def test_a_provider_without_a_certificate_says_so(servers: KmipServers, tmp_path: Path) -> None:
+    kmip_trust.pin(tmp_path, servers.authority.pem)
+    kmip_trust.request(tmp_path, "sealift-controller")
+
+    async def main() -> None:
+        provider = KmipProvider("kms", servers.members, tmp_path)
+        with pytest.raises(ProviderUnreachable, match="there is no client certificate yet"):
+            await provider.create("never made")
+        assert "there is no client certificate yet" in (await provider.probe()).message
+
+    asyncio.run(main())
