@@ -80,13 +80,10 @@ class Keyring:
 
 
 def _locked(error: SealiftError, provider: str, key_id: str, vm: str) -> VmLocked:
-    """Why a VM's key cannot be had, and what to do about it."""
-    match error:
-        case NotFound():
-            cause = "there is no key provider of that name"
-            todo = f"add or import key provider {provider} again, under that name; the VM then unlocks by itself"
-        case KeyMissing():
-            cause, todo = error.what, f"put key {key_id} back at key provider {provider}, from its backup"
-        case _:
-            cause, todo = error.what, f"see `sealift key-provider test {provider}`; the VM then unlocks by itself"
+    """What a person is told of a VM whose key cannot be had: ``error`` is why."""
+    cause, todo = error.what, error.todo or f"see `sealift key-provider test {provider}`"
+    if isinstance(error, NotFound):
+        cause = "there is no key provider of that name"
+        todo = f"add or import key provider {provider} again, under that name"
+    todo += "; the VM unlocks by itself when its key can be had"
     return VmLocked(f"VM {vm} is locked: key {key_id} of key provider {provider} cannot be had: {cause}", todo=todo)

@@ -1,0 +1,537 @@
+"""Key providers by name: added, exported, imported, tried out, away, removed; and what each does to VMs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from sealift.controller.provider_ask import ProviderAsk, check_ask, check_member
+from sealift.demo.kmip import KmipServers, ServerAuthority
+from sealift.errors import (
+    AlreadyExists,
+    Conflict,
+    ExportInvalid,
+    InvalidInput,
+    NotFound,
+    PassphraseWeak,
+    ProviderNotExported,
+    VmLocked,
+)
+from sealift.keys.native import NativeProvider
+from sealift.secret import Secret
+from support.age import cheap_export
+from support.ports import free_port
+from support.registries import Registry, a_registry
+
+
+def with_registry(tmp_path: Path, story: Callable[[Registry], Awaitable[None]]) -> None:
+    """Run a story with a registry of its own."""
+
+    async def main() -> None:
+        async with a_registry(tmp_path) as registry:
+            await story(registry)
+
+    asyncio.run(main())
+
+
+def secret(text: str) -> Secret:
+    return Secret(text.encode(), length=len(text.encode()))
+
+
+CA = ServerAuthority()
+STEPS = ("create", "activate", "get", "destroy")
+GOOD = ProviderAsk("kms", "kmip", ("kms1.example.net:5696",), CA.pem)
+
+# What is asked
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"members": ()},
+        {"members": tuple(f"kms{number}:5696" for number in range(17))},
+        {"members": ("kms1:5696", "KMS1:5696")},
+        {"members": ("kms1",)},
+        {"server_authority": ""},
+        {"client": "uploaded"},
+        {"client": "uploaded", "client_certificate": CA.pem},
+        {"client": "uploaded", "client_key": secret("key")},
+        {"client": "uploaded", "client_certificate": "-----BEGIN PRIVATE KEY-----", "client_key": secret("key")},
+        {"client_certificate": CA.pem},
+        {"client": "csr", "client_key": secret("key")},
+        {"kind": "native"},
+        {"kind": "native", "members": ()},
+        {"kind": "native", "members": (), "server_authority": "", "client": "csr"},
+    ],
+    ids=lambda change: "-".join(f"{key}={str(value)[:12]}" for key, value in change.items()),
+)
+def test_an_ask_that_contradicts_itself_is_refused(change: dict[str, object]) -> None:
+    check_ask(GOOD)
+    with pytest.raises(InvalidInput) as refused:
+        check_ask(ProviderAsk(**{**vars(GOOD), **change}))  # type: ignore[arg-type]
+    assert refused.value.todo
+
+
+@pytest.mark.parametrize(
+    "text", ["kms:5696", "kms-1.example.net:1", "10.0.0.1:65535", "[::1]:5696", "[2001:db8::17]:5696", "a_b:80"]
+)
+def test_an_address_of_a_key_server(text: str) -> None:
+    check_member(text)
+
+
+NO_ADDRESSES = """
+kms kms: :5696 kms:0 kms:65536 kms:+5 kms:\u0665 ::1:5696 [::1:5696 [kms]:5696 [::1] -kms:5696 kms/x:1 kms:5696:1
+"""
+ODD_ADDRESSES = ["", ":", "kms:5 6", "k ms:5696", "kms\n:5696", "kms:5696\n", "kms:" + "9" * 5000, "a" * 254 + ":1"]
+
+
+@pytest.mark.parametrize("text", [*NO_ADDRESSES.split(), *ODD_ADDRESSES])
+def test_no_address_of_a_key_server(text: str) -> None:
+    with pytest.raises(InvalidInput, match="address of a key server is not valid"):
+        check_member(text)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".aside-1", "a b", "a\n", "ä", "-x", "x" * 64, "a\0"])
+def test_odd_names_are_refused_everywhere(name: str, tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        providers, words = registry.providers, secret("correct horse battery")
+        for refused in (
+            providers.add(ProviderAsk(name, "native"), asked_by="ann"),
+            providers.show(name),
+            providers.open(name),
+            providers.test(name, asked_by="ann"),
+            providers.set_default(name, asked_by="ann"),
+            providers.export(name, None, asked_by="ann"),
+            providers.confirm_export(name, "", words, asked_by="ann"),
+            providers.accept_certificate(name, "", asked_by="ann"),
+            providers.require_usable(name),
+            providers.remove(name, force=True, asked_by="ann"),
+        ):
+            with pytest.raises(InvalidInput):
+                await refused
+        assert registry.files() == set()
+        assert await registry.happened() == []
+
+    with_registry(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"server_authority": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"},
+        {"client": "uploaded", "client_certificate": CA.pem, "client_key": secret("no key")},
+        {"client": "uploaded", "client_certificate": "none", "client_key": secret("no key")},
+    ],
+    ids=["authority", "key", "certificate"],
+)
+def test_a_bad_ask_changes_nothing(change: dict[str, object], tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        await registry.add("home")
+        before = await registry.happened()
+        with pytest.raises(InvalidInput):
+            await registry.providers.add(
+                ProviderAsk(**{**vars(GOOD), **change}),  # type: ignore[arg-type]
+                asked_by="ann",
+            )
+        assert registry.files() == {"home"}
+        assert [each.row.name for each in await registry.providers.list()] == ["home"]
+        assert len(await registry.happened()) == len(before)
+        await registry.providers.add(ProviderAsk("kms", "native"), asked_by="ann")  # the name is still to be had
+
+    with_registry(tmp_path, story)
+
+
+# Defaults
+
+
+def test_the_first_is_the_default_until_it_is_removed_or_another_is_chosen(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        providers = registry.providers
+        with pytest.raises(NotFound, match="no default"):
+            await providers.default()
+        await registry.add("one")
+        assert await providers.default() == "one"
+        await registry.add("two")
+        assert await providers.default() == "one"
+        await registry.add("three", default=True)
+        assert await providers.default() == "three"
+        assert (await providers.set_default("two", asked_by="ann")).row.is_default
+        assert [each.row.is_default for each in await providers.list()] == [False, False, True]  # one, three, two
+        await providers.remove("two", force=False, asked_by="ann")
+        with pytest.raises(NotFound, match="no default"):
+            await providers.default()
+        await registry.add("four")  # not the first
+        with pytest.raises(NotFound, match="no default"):
+            await providers.default()
+        with pytest.raises(NotFound, match="no key provider five"):
+            await providers.set_default("five", asked_by="ann")
+        told = [event.text for event in await registry.happened("key_provider.default")]
+        assert [re.findall(r"key provider (\w+)", text) for text in told] == [["one"], ["three"], ["two"]]
+        assert "first one" in told[0]
+
+    with_registry(tmp_path, story)
+
+
+# Native
+
+
+def test_a_native_provider_from_its_making_to_its_import_elsewhere(tmp_path: Path) -> None:
+    async def here(registry: Registry) -> tuple[str, Secret, str, bytes]:
+        providers = registry.providers
+        await registry.add("home")
+        vm = await registry.add_vm("vm1", None)
+        seen = await providers.show("home")
+        assert (seen.state, seen.row.exported_at, seen.members[0].ok) == ("not_exported", None, True)
+        assert any("tombstone" in note for note in seen.notes)
+        assert any(str(registry.directory / "home") in note for note in seen.notes)
+        with pytest.raises(ProviderNotExported, match="home"):
+            await registry.keyring.new_kek("home", vm, "vm1")
+        with pytest.raises(PassphraseWeak):
+            await providers.export("home", secret("password12345678"), asked_by="ann")
+        file, words = await providers.export("home", None, asked_by="ann")
+        assert words is not None
+        assert len(words.reveal().decode().split("-")) == 8
+        with pytest.raises(ProviderNotExported):  # it was not read back yet
+            await registry.keyring.new_kek("home", vm, "vm1")
+        seen = await providers.confirm_export("home", file, words, asked_by="ann")
+        assert seen.state == "ok"
+        assert seen.row.exported_at is not None
+        key_id, kek = await registry.keyring.new_kek("home", vm, "vm1")
+        kinds = [event.type for event in await registry.happened() if "home" in event.text]
+        assert kinds == [f"key_provider.{what}" for what in ("added", "default", "exported", "export_confirmed")]
+        native = await providers.open("home")
+        assert isinstance(native, NativeProvider)
+        return cheap_export("home", await native.derivation_key(), words), words, key_id, kek.reveal()
+
+    async def elsewhere(registry: Registry, file: str, words: Secret, key_id: str, kek: bytes) -> None:
+        await registry.add_vm("vm1", "home", key_id)
+        await registry.add_vm("vm2", "away", key_id)
+        with pytest.raises(VmLocked, match="no key provider of that name"):
+            await registry.keyring.kek("home", key_id, vm="vm1")
+        changed = registry.providers.changed
+        added = await registry.providers.import_(file, words, default=False, asked_by="bob")
+        assert added.unlocks == ("vm1",)
+        assert (added.provider.row.name, added.provider.state, added.provider.vms) == ("home", "ok", ("vm1",))
+        assert changed.is_set()
+        again, _ = await registry.keyring.kek("home", key_id, vm="vm1")
+        assert again.reveal() == kek
+        assert await registry.providers.default() == "home"
+        [event] = await registry.happened("key_provider.imported")
+        assert "bob" in event.text
+        assert "vm1" in event.text
+        assert "vm2" not in event.text
+
+    async def main() -> tuple[str, Secret, str, bytes]:
+        async with a_registry(tmp_path / "here") as registry:
+            told = await here(registry)
+        async with a_registry(tmp_path / "elsewhere") as registry:
+            await elsewhere(registry, *told)
+        return told
+
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    _, words, _, kek = asyncio.run(main())
+    secrets = [words.reveal(), kek, kek.hex().encode()]
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+            assert not any(each in path.read_bytes() for each in secrets), path
+        elif "providers" in path.parts:
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
+
+
+def test_only_an_export_of_this_very_provider_counts_for_it(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        providers, words = registry.providers, secret("lend-weapon-buddy")
+        files = []
+        for _ in range(2):  # the second one of that name has another key
+            await registry.add("home")
+            native = await providers.open("home")
+            assert isinstance(native, NativeProvider)
+            files.append(cheap_export("home", await native.derivation_key(), words))
+            files.append(cheap_export("other", await native.derivation_key(), words))
+            with pytest.raises(AlreadyExists, match="home"):
+                await providers.import_(files[0], words, default=False, asked_by="ann")
+            await providers.remove("home", force=False, asked_by="ann")
+        await registry.add("home")
+        native = await providers.open("home")
+        assert isinstance(native, NativeProvider)
+        good = cheap_export("home", await native.derivation_key(), words)
+        for file, passphrase in [
+            *((file, words) for file in files),
+            (cheap_export("other", await native.derivation_key(), words), words),
+            (good, secret("lend-weapon-body")),
+            (good[:-60], words),
+            ("", words),
+        ]:
+            with pytest.raises(ExportInvalid):
+                await providers.confirm_export("home", file, passphrase, asked_by="ann")
+            assert (await providers.show("home")).state == "not_exported"
+        assert (await providers.confirm_export("home", good, words, asked_by="ann")).state == "ok"
+        # What cannot be opened, or has a name that no provider can have, is not imported either.
+        await providers.remove("home", force=False, asked_by="ann")
+        kdk = Secret(bytes(32), length=32)
+        for file in (good[:-60], cheap_export("..", kdk, words), cheap_export(".aside-1", kdk, words)):
+            with pytest.raises((ExportInvalid, InvalidInput)):
+                await providers.import_(file, words, default=True, asked_by="ann")
+        assert registry.files() == set()
+        assert await providers.list() == []
+
+    with_registry(tmp_path, story)
+
+
+def test_a_provider_is_there_again_after_a_restart(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with a_registry(tmp_path) as registry:
+            await registry.add_usable("home")
+            vm = await registry.add_vm("vm1", "home")
+            key_id, kek = await registry.keyring.new_kek("home", vm, "vm1")
+        async with a_registry(tmp_path) as registry:
+            assert (await registry.keyring.kek("home", key_id, vm="vm1"))[0].reveal() == kek.reveal()
+            assert [(each.row.name, each.state) for each in await registry.providers.list()] == [("home", "ok")]
+
+    asyncio.run(main())
+
+
+def test_a_trial_says_how_each_step_went_and_leaves_no_key(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        await registry.add("home")
+        ok, steps = await registry.providers.test("home", asked_by="ann")
+        assert ok
+        assert [(step.name, step.ok, step.message) for step in steps] == [(f"home: {what}", True, "") for what in STEPS]
+        assert all(step.ms > 0 for step in steps)
+        book = sqlite3.connect(registry.directory / "home" / "keys.db")
+        [(label, state)] = book.execute("SELECT label, state FROM keys").fetchall()
+        book.close()
+        assert label.startswith("sealift-test-")
+        assert state == "destroyed"
+        (registry.directory / "home" / "keys.db").unlink()
+        ok, steps = await registry.providers.test("home", asked_by="ann")
+        assert not ok
+        assert [step.name for step in steps] == ["home: create"]
+        assert "home" in steps[0].message
+        passed, failed = await registry.happened("key_provider.tested")
+        assert "passed" in passed.text
+        assert steps[0].message in failed.text
+
+    with_registry(tmp_path, story)
+
+
+# Away and back
+
+
+def test_a_provider_that_goes_and_comes_back_is_told_of_once_each_and_wakes_who_waits(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        await registry.add_usable("home")
+        vm = await registry.add_vm("vm1", "home")
+        key_id, _ = await registry.keyring.new_kek("home", vm, "vm1")
+        await registry.providers.close()  # which makes it read its key again
+        (registry.directory / "home").rename(tmp_path / "unmounted")
+        changed = registry.providers.changed
+        for _ in range(2):
+            with pytest.raises(VmLocked, match=f"VM vm1 .* key {key_id} of key provider home") as locked:
+                await registry.keyring.kek("home", key_id, vm="vm1")
+            assert "unlocks by itself" in locked.value.todo
+            assert (await registry.providers.show("home")).state == "unreachable"
+        assert changed.is_set()
+        changed = registry.providers.changed
+        (tmp_path / "unmounted").rename(registry.directory / "home")
+        for _ in range(2):
+            await registry.keyring.kek("home", key_id, vm="vm1")
+        assert changed.is_set()
+        assert registry.providers.changed is not changed
+        assert (await registry.providers.show("home")).state == "ok"
+        kinds = [event.type for event in await registry.happened()]
+        assert kinds[-2:] == ["key_provider.unreachable", "key_provider.back"]
+        assert len(kinds) == 4
+
+    with_registry(tmp_path, story)
+
+
+# Removal
+
+
+def test_one_in_use_is_removed_by_force_only_and_says_who_locks(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        await registry.add_usable("home")
+        for name in ("vm2", "vm1"):
+            await registry.add_vm(name, "home")
+        await registry.add_vm("vm3", "other")
+        with pytest.raises(Conflict, match="vm1, vm2") as refused:
+            await registry.providers.remove("home", force=False, asked_by="ann")
+        assert "rekey --from home" in refused.value.todo
+        assert "only in its export" in refused.value.todo
+        assert registry.files() == {"home"}
+        await registry.providers.open("home")
+        changed = registry.providers.changed
+        removed = await registry.providers.remove("home", force=True, asked_by="ann")
+        assert (removed.name, removed.locks) == ("home", ("vm1", "vm2"))
+        assert "only in its export" in removed.lost
+        assert changed.is_set()
+        assert registry.files() == set()
+        for gone in (registry.providers.open("home"), registry.providers.show("home")):
+            with pytest.raises(NotFound, match="home"):
+                await gone
+        with pytest.raises(VmLocked, match="no key provider of that name") as locked:
+            await registry.keyring.kek("home", "k", vm="vm1")
+        assert "add or import key provider home" in locked.value.todo
+        [event] = await registry.happened("key_provider.removed")
+        assert "vm1, vm2" in event.text
+        added = await registry.providers.add(ProviderAsk("home", "native"), asked_by="ann")
+        assert added.unlocks == ("vm1", "vm2")
+        assert "vm1, vm2" in (await registry.happened("key_provider.added"))[-1].text
+
+    with_registry(tmp_path, story)
+
+
+def test_removing_says_what_is_gone_for_good(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        await registry.add("home")
+        removed = await registry.providers.remove("home", force=False, asked_by="ann")
+        assert "never exported" in removed.lost
+        await registry.providers.add(GOOD, asked_by="ann")
+        removed = await registry.providers.remove("kms", force=False, asked_by="ann")
+        assert "stay at its servers" in removed.lost
+        assert registry.files() == set()
+        with pytest.raises(NotFound):
+            await registry.providers.remove("home", force=True, asked_by="ann")
+
+    with_registry(tmp_path, story)
+
+
+def test_what_a_crash_left_is_swept_up_unless_it_may_hold_keys(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        for name in (".aside-0011", "lost"):
+            (registry.directory / name).mkdir(parents=True)
+            (registry.directory / name / "kdk").write_bytes(b"k")
+        await registry.add("home")
+        assert registry.files() == {"home", "lost"}
+        with pytest.raises(Conflict, match="lost is there already"):
+            await registry.add("lost")
+        assert (registry.directory / "lost" / "kdk").read_bytes() == b"k"
+        assert registry.files() == {"home", "lost"}
+        assert [each.row.name for each in await registry.providers.list()] == ["home"]
+
+    with_registry(tmp_path, story)
+
+
+# KMIP; how servers are asked is tested in tests/keys
+
+
+def test_a_kmip_provider_waits_for_the_certificate_that_it_asked_for(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        providers = registry.providers
+        members = (f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
+        ask = ProviderAsk("kms", "kmip", members, CA.pem, client="csr")
+        added = await providers.add(ask, asked_by="ann")
+        seen = added.provider
+        assert (seen.state, seen.client_certificate, seen.members) == ("no_certificate", "", ())
+        subject = x509.load_pem_x509_csr(seen.certificate_request.encode()).subject
+        assert subject.rfc4514_string() == "CN=sealift kms"
+        for early in (
+            providers.open("kms"),
+            providers.test("kms", asked_by="ann"),
+            providers.require_usable("kms"),
+        ):
+            with pytest.raises(Conflict, match="no client certificate yet") as refused:
+                await early
+            assert "key-provider certificate kms" in refused.value.todo
+        with pytest.raises(VmLocked, match="no client certificate yet"):
+            await registry.keyring.kek("kms", "k", vm="vm1")
+        for bad in (CA.pem, "no certificate", ""):
+            with pytest.raises(InvalidInput):
+                await providers.accept_certificate("kms", bad, asked_by="ann")
+        assert (await providers.show("kms")).state == "no_certificate"
+        certificate, changed = CA.client(seen.certificate_request), providers.changed
+        seen = await providers.accept_certificate("kms", certificate, asked_by="ann")
+        assert changed.is_set()
+        assert (seen.client_certificate, seen.certificate_request) == (certificate, "")
+        # Nobody listens there: each member says so for itself.
+        assert seen.state == "unreachable"
+        assert [(member.address, member.ok) for member in seen.members] == [(member, False) for member in members]
+        ok, steps = await providers.test("kms", asked_by="ann")
+        assert not ok
+        assert [step.name for step in steps] == [f"{member}: create" for member in members]
+        await providers.require_usable("kms")
+        kinds = [event.type for event in await registry.happened()]
+        assert kinds == [f"key_provider.{what}" for what in ("added", "default", "certified", "unreachable", "tested")]
+
+    with_registry(tmp_path, story)
+
+
+def test_only_what_a_kind_has_can_be_done_with_it(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        await registry.providers.add(GOOD, asked_by="ann")
+        await registry.add("home")
+        with pytest.raises(Conflict, match="kms is not native"):
+            await registry.providers.export("kms", None, asked_by="ann")
+        with pytest.raises(Conflict, match="kms is not native"):
+            await registry.providers.confirm_export("kms", "", secret("x"), asked_by="ann")
+        with pytest.raises(Conflict, match="home is native"):
+            await registry.providers.accept_certificate("home", CA.pem, asked_by="ann")
+        with pytest.raises(AlreadyExists, match="kms"):
+            await registry.providers.add(ProviderAsk("kms", "native"), asked_by="ann")
+
+    with_registry(tmp_path, story)
+
+
+def test_two_real_key_servers_of_which_one_dies_and_then_the_other(tmp_path: Path) -> None:
+    async def story(registry: Registry, servers: KmipServers) -> None:
+        providers, keyring = registry.providers, registry.keyring
+        ask = ProviderAsk("kms", "kmip", tuple(servers.members), servers.authority.pem, client="csr")
+        request = (await providers.add(ask, asked_by="ann")).provider.certificate_request
+        seen = await providers.accept_certificate("kms", servers.authority.client(request), asked_by="ann")
+        assert seen.state == "ok"
+        assert [(each.address, each.ok) for each in seen.members] == [(each, True) for each in servers.members]
+        ok, steps = await providers.test("kms", asked_by="ann")
+        assert ok, steps
+        steps_of_all = [f"{each}: {what}" for each in servers.members for what in STEPS]
+        assert [step.name for step in steps] == steps_of_all
+        vm = await registry.add_vm("vm1", "kms")
+        key_id, kek = await keyring.new_kek("kms", vm, "vm1")
+        first, second = servers.members
+        await asyncio.to_thread(servers.kill, 0)
+        seen = await providers.show("kms")
+        assert (seen.state, [each.ok for each in seen.members]) == ("degraded", [False, True])
+        assert first in seen.message
+        ok, steps = await providers.test("kms", asked_by="ann")
+        assert not ok
+        assert [(step.name, step.ok) for step in steps] == [
+            (f"{first}: create", False),
+            *((f"{second}: {what}", True) for what in STEPS),
+        ]
+        assert (await keyring.kek("kms", key_id, vm="vm1"))[0].reveal() == kek.reveal()
+        changed = providers.changed
+        await asyncio.to_thread(servers.kill, 1)
+        with pytest.raises(VmLocked, match=f"VM vm1 .*{key_id}.* key provider kms") as locked:
+            await keyring.kek("kms", key_id, vm="vm1")
+        assert first in locked.value.what
+        assert second in locked.value.what
+        assert changed.is_set()
+        assert (await providers.show("kms")).state == "unreachable"
+        changed = providers.changed
+        await asyncio.to_thread(servers.start)
+        assert (await keyring.kek("kms", key_id, vm="vm1"))[0].reveal() == kek.reveal()
+        assert changed.is_set()
+        found = await providers.open("kms")
+        await found.destroy(key_id)
+        with pytest.raises(VmLocked, match=key_id) as locked:
+            await keyring.kek("kms", key_id, vm="vm1")
+        assert "destroyed there" in locked.value.todo
+        kinds = [event.type for event in await registry.happened() if event.type.endswith(("unreachable", "back"))]
+        assert kinds == ["key_provider.unreachable", "key_provider.back"]
+        assert await registry.happened("key.left_over") == []
+
+    servers = KmipServers(tmp_path / "kmip")
+    try:
+        servers.start()
+        with_registry(tmp_path, lambda registry: story(registry, servers))
+    finally:
+        servers.close()
