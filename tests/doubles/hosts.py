@@ -20,7 +20,7 @@ import pytest
 from sealift.agent import moves, source, target, watch
 from sealift.agent.commitlog import CommitLog, Mark
 from sealift.agent.conversions import Conversions
-from sealift.agent.journal import Journal, MoveRow, VmRow
+from sealift.agent.journal import ConversionRow, Journal, MoveRow, VmRow
 from sealift.agent.moves import Moves
 from sealift.agent.settings import AgentSettings
 from sealift.agent.vault import Vault
@@ -411,6 +411,15 @@ class FusedJournal(Journal):
         super().drop_vm(vm)
         self.fuse.point("after dropping the VM")
 
+    def put_conversion(self, row: ConversionRow) -> None:
+        self.fuse.point(f"before journaling conversion {row.status.state.value}")
+        super().put_conversion(row)
+        self.fuse.point(f"after journaling conversion {row.status.state.value}")
+
+    def finish_conversion(self, row: ConversionRow, vm: VmRow) -> None:
+        super().finish_conversion(row, vm)
+        self.fuse.point("after journaling the end")
+
 
 class PlayedMoves(Moves):
     """The agent's moves, with played relays and fused logs."""
@@ -439,6 +448,7 @@ class Host:
         for path in (self.settings.state_directory, self.settings.doors):
             path.mkdir(parents=True, mode=0o700)
         self.fuse = Fuse()
+        self.images: Callable[[Fuse], Images] = lambda fuse: Images()
         self.vault: Vault
         self.vms: Vms
         self.moves: PlayedMoves
@@ -451,7 +461,7 @@ class Host:
         journal.fuse = self.fuse
         hypervisor: Any = PlayedHypervisor(self, self.fuse)
         self._journal = journal
-        images = Images()
+        images = self.images(self.fuse)
         self.vault = Vault(self.name)
         self.vms = Vms(self.settings, journal, hypervisor, self.vault, images)
         self.moves = PlayedMoves(self.settings, self.id, journal, hypervisor, self.vms, can_seal=True)
