@@ -99,8 +99,9 @@ def test_after_a_rekey_the_old_key_is_named_with_what_it_still_opens(deep: bool)
     one = ended("done", kind="rekey", deep=deep, old_provider="attic", old_key_id="old-key")
     text = " ".join(converting.conclusion(one))
     assert "opened by key old-key of key provider attic" in text
-    assert ("--deep" in text) is not deep
     assert ("old images" in text) is deep
+    assert converting.kind_of(one) == ("deep rekey" if deep else "rekey")
+    assert converting.kind_of(ended("done", deep=True)) == "encrypt"
 
 
 def test_what_the_plan_warned_of_is_said_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:

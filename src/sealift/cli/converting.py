@@ -217,9 +217,8 @@ def conclusion(end: Conversion) -> list[str]:
             f"Copies of the old images and of the old configuration file are still opened by {old}.",
         ]
     return [
-        f"VM {name} on {end.host} has a new key: {key}. The keys of its disks are the same.",
-        f"An old copy of its configuration file is still opened by {old}.",
-        f"If somebody may have such a copy, `sealift vm rekey {name} --deep` gives it new disk keys.",
+        f"VM {name} on {end.host} has a new key: {key}.",
+        f"Old copies of its configuration file are still opened by {old}.",
     ]
 
 
@@ -264,4 +263,4 @@ def show_plan(output: Output, made: Conversion) -> None:
 
 def kind_of(one: Conversion) -> str:
     """``encrypt``, ``decrypt``, ``rekey`` or ``deep rekey``."""
-    return f"deep {one.kind}" if one.deep else one.kind
+    return "deep rekey" if one.kind == "rekey" and one.deep else one.kind

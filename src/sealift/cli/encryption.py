@@ -116,8 +116,10 @@ def rekey(
         return
     if name is None:
         raise InvalidInput("nothing says which VM to rekey", todo="name a VM, or give --from and --to")
-    if not deep and (verify or detach):
-        raise InvalidInput("--verify and --detach are for --deep: nothing is copied without it", todo="leave it out")
+    if not deep and (verify or dry_run or detach):
+        raise InvalidInput(
+            "--verify, --dry-run and --detach are for --deep: nothing is copied without it", todo="leave it out"
+        )
     from sealift.api.encryption import RekeyRequest
 
     fields = {"provider": _provider(provider), "deep": deep, "verify": verify or "sample", "dry_run": dry_run}

@@ -63,13 +63,19 @@ def _create_encrypted(output: Output, host: str, text: str, provider: str | None
         made = client.create_vm(
             host, text, encrypt=True, provider=provider, verify="full" if verify == "full" else "sample"
         )
-        if made.conversion is not None:
-            end = converting.follow(client, client.conversion(made.conversion), output, interrupts, cancel=True)
-            converting.check(end, creating=True)
-            converting.tell(output, end)
+        end = converting.follow(client, _conversion_of(client, made), output, interrupts, cancel=True)
+        converting.check(end, creating=True)
+        converting.tell(output, end)
         if output.json:
             output.document(client.vm(made.name))
     output.say(f"VM {made.name} is defined on {made.host}; `sealift vm start {made.name}` starts it.")
+
+
+def _conversion_of(client: Client, made: Vm) -> Conversion:
+    """The conversion that a VM was made with; it may be over already."""
+    if made.conversion is not None:
+        return client.conversion(made.conversion)
+    return next(one for one in client.conversions() if one.vm == made.uuid)
 
 
 @vm.command()
