@@ -1,8 +1,12 @@
 """Encrypted disks of a QEMU that waits before it builds its machine (``-preconfig``): each is added with its key.
 
 QEMU 7.2 takes descriptors over QMP (``add-fd``) only once the machine is built, and by then its disks must be there.
-So the process inherits one anonymous file, which holds a passphrase only while a secret object is made of it. The
-object is gone from QEMU once its disk is open; what stays in QEMU's memory is the disk's own master key.
+So the process inherits one anonymous file, which holds a passphrase only while a secret object is made of it.
+
+The secret object of a qcow2 image stays for as long as the process: QEMU opens the layer anew each time when the image
+becomes this process's to write, at the target of a move and at a source that goes on after a failed one, and asks for
+the secret again (qcow2_co_invalidate_cache in QEMU's block/qcow2.c). It is in QEMU's memory, as the disk's master key
+is, and nobody can read it back. For a raw image it is gone once the disk is open.
 
 Source: QEMU's QMP reference, ``blockdev-add`` (BlockdevOptionsLUKS, BlockdevQcow2Encryption), ``x-exit-preconfig``.
 """
@@ -52,5 +56,6 @@ async def unlock(qmp: Qmp, config: VmConfig, deks: Deks, passphrase: Passphrase,
                 f"the disk {disk.path} of VM {config.name} cannot be opened with its key {disk.dek}: {error.what}",
                 todo="the image or the VM's configuration is not the one that belongs here: find the right one",
             ) from error
-        await qmp.execute("object-del", {"id": secret_id}, timeout)
+        if disk.format == "raw":
+            await qmp.execute("object-del", {"id": secret_id}, timeout)
     await qmp.execute("x-exit-preconfig", timeout=timeout)
