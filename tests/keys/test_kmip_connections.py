@@ -1,0 +1,174 @@
+"""The connections of the KMIP provider, its pauses, and the addresses that it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from sealift.errors import (
+    InvalidInput,
+)
+from sealift.keys.kmip import KmipProvider
+from sealift.keys.kmip_link import parse_address
+from sealift.keys.kmip_member import LONGEST_PAUSE_S, MAX_LINKS, Pace
+from sealift.keys.kmip_numbers import Operation
+from support.kmip_place import Place, always, make_place, members, provider_of
+from support.kmip_server import (
+    Hang,
+    Store,
+    saying,
+    server_context,
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+# connections
+
+
+def test_connections_are_kept_and_few(place: Place) -> None:
+    store = Store()
+    key_id = store.add("vm", 2)
+
+    async def main() -> None:
+        async with members(place, store.answers()) as (provider, (server,)):
+            for _ in range(20):
+                await provider.get(key_id)
+            assert server.connections == 1
+            await asyncio.gather(*(provider.get(key_id) for _ in range(40)))
+            assert 1 < server.connections <= MAX_LINKS
+
+    asyncio.run(main())
+
+
+def test_who_stops_waiting_leaves_no_answer_behind(place: Place) -> None:
+    store = Store()
+    one, other = store.add("one", 2), store.add("other", 2)
+    asked = asyncio.Event()
+
+    def hook(operation: Operation) -> None:
+        if not asked.is_set():
+            asked.set()
+            raise Hang()
+
+    async def main() -> None:
+        right = server_context(place.authority, place.certificate)
+        async with saying(right, store.answers(before=hook)) as server:
+            provider = provider_of(place, server, answer_s=30)
+            waiting = asyncio.create_task(provider.get(one))
+            await asked.wait()
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert (await provider.get(other)).reveal() == store.materials[other]
+            assert server.connections == 2
+            await provider.close()
+
+    asyncio.run(main())
+
+
+def test_a_closed_provider_keeps_no_connection(place: Place) -> None:
+    store = Store()
+    key_id = store.add("vm", 2)
+
+    async def main() -> None:
+        async with members(place, store.answers()) as (provider, (server,)):
+            await provider.get(key_id)
+            await provider.close()
+            for count in (2, 3):
+                await provider.get(key_id)
+                assert server.connections == count
+
+    asyncio.run(main())
+
+
+# pauses and addresses
+
+
+def test_pauses_grow_from_a_second_to_thirty_and_end_with_success() -> None:
+    pace, now, pauses = Pace(), 100.0, []
+    assert not pace.rests(now)
+    for _ in range(7):
+        pace = pace.failed(now)
+        assert pace.rests(now)
+        assert pace.rests(pace.until - 0.01)
+        assert not pace.rests(pace.until)
+        pauses.append(pace.pause_s)
+        now = pace.until
+    assert pauses == [1, 2, 4, 8, 16, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
+
+
+def test_failures_at_the_same_time_count_once() -> None:
+    once = Pace().failed(100.0)
+    again = once.failed(100.5)
+    assert again.pause_s == once.pause_s
+    assert again.until == 101.5
+
+
+@pytest.mark.parametrize(
+    ("written", "host", "port"),
+    [
+        ("kms.example:5696", "kms.example", 5696),
+        ("192.0.2.1:1", "192.0.2.1", 1),
+        ("[2001:db8::1]:5696", "2001:db8::1", 5696),
+    ],
+)
+def test_addresses(written: str, host: str, port: int) -> None:
+    address = parse_address(written)
+    assert (address.host, address.port, str(address)) == (host, port, written)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "kms",
+        ":5696",
+        "kms:",
+        "kms:0",
+        "kms:65536",
+        "kms:x",
+        "kms :1",
+        "2001:db8::1:5696",
+        "[]:1",
+        "kms:\uff11",
+        "k\nms:1",
+    ],
+)
+def test_what_is_no_address_is_refused(written: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput):
+        KmipProvider("kms", [written], tmp_path)
+
+
+@pytest.mark.parametrize("members", [[], ["kms:1", "kms:1"], [f"kms:{port}" for port in range(1, 18)]])
+def test_a_provider_has_some_members_each_once(members: list[str], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput):
+        KmipProvider("kms", members, tmp_path)
+
+
+def test_what_is_no_key_id_or_label_is_asked_of_nobody(place: Place) -> None:
+    async def main() -> None:
+        async with members(place, always(b"")) as (provider, (server,)):
+            by_id: tuple[Callable[[str], Awaitable[object]], ...] = (
+                provider.get,
+                provider.state,
+                provider.activate,
+                provider.destroy,
+            )
+            for call in by_id:
+                with pytest.raises(InvalidInput):
+                    await call("no key id")
+            for label in ("", "x" * 256):
+                with pytest.raises(InvalidInput):
+                    await provider.create(label)
+                with pytest.raises(InvalidInput):
+                    await provider.locate(label)
+            assert server.connections == 0
+
+    asyncio.run(main())
