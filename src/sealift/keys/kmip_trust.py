@@ -16,7 +16,7 @@ import contextlib
 import datetime
 import os
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -238,14 +238,26 @@ def _read(path: Path) -> str:
 
 def _write_pair(directory: Path, certificate: bytes, key: bytes) -> None:
     _make(directory)
-    (directory / _CERTIFICATE).unlink(missing_ok=True)
-    _write(directory / _KEY, key)  # and with it, that the certificate is gone
-    _write(directory / _CERTIFICATE, certificate)
-    (directory / _REQUEST).unlink(missing_ok=True)
+    with _written(directory / _KEY, key) as new_key, _written(directory / _CERTIFICATE, certificate) as new_certificate:
+        (directory / _CERTIFICATE).unlink(missing_ok=True)
+        _sync(directory)
+        new_key.replace(directory / _KEY)
+        _sync(directory)
+        new_certificate.replace(directory / _CERTIFICATE)
+        (directory / _REQUEST).unlink(missing_ok=True)
+        _sync(directory)
 
 
 def _write(path: Path, content: bytes) -> None:
     """The file with this content, or as it was; through to the disk."""
+    with _written(path, content) as new:
+        new.replace(path)
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _written(path: Path, content: bytes) -> Iterator[Path]:
+    """A file beside ``path`` with that content; removed when it was not made to be ``path``."""
     new = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -253,11 +265,14 @@ def _write(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(fd)
-        new.replace(path)
+        yield new
     finally:
         new.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(directory)
+        os.fsync(fd)
     finally:
-        os.close(directory)
+        os.close(fd)
