@@ -169,18 +169,6 @@ def test_required_against_an_incapable_host_is_refused_before_anything_moves(tmp
     with_world(tmp_path, story)
 
 
-def test_an_encrypted_vm_never_moves_plain_whatever_its_setting(tmp_path: Path) -> None:
-    async def story(services: Services, a: FakeAgent, b: FakeAgent, vm: UUID) -> None:
-        await set_policy(services, MigrateEncryption.DISABLED, encrypted=True)
-        b.sealed = False
-        assert (await services.orchestrator.request(wish())).state == "refused"
-        b.sealed = True
-        row = await finished(services, (await services.orchestrator.request(wish())).id)
-        assert row.protection == "sealed"
-
-    with_world(tmp_path, story)
-
-
 def test_a_host_that_does_not_answer_is_refused_and_never_plain(tmp_path: Path) -> None:
     async def main() -> None:
         async with a_controller(make_state(tmp_path)) as services:

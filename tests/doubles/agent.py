@@ -1,5 +1,7 @@
 """An agent without QEMU: real HTTPS, real certificates, real orders; what its moves do is written by the test.
 
+Keys, configuration files, disks and conversions are in ``doubles.vault``.
+
 It keeps the promises of the agent's interface that the controller leans on: an attempt never seen is marked when it is
 aborted, a lower fence and a late order are refused, a committed target does not abort, only what is settled is
 forgotten, and a VM that was let go does not start.
@@ -20,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
+from doubles.vault import FakeVault, Lost
 from sealift.controller.access import JoinAsk
 from sealift.controller.services import Services
 from sealift.domain.host import HostCapabilities
@@ -36,7 +39,16 @@ from sealift.domain.move import (
     decode_spec,
 )
 from sealift.domain.vm import Accelerator, HardwareRecord, VmConfig, VmState, VmStatus
-from sealift.errors import Conflict, DatastoreNotShared, NotFound, SealiftError, StaleFence, VmLetGo, to_problem
+from sealift.errors import (
+    AlreadyExists,
+    Conflict,
+    DatastoreNotShared,
+    NotFound,
+    SealiftError,
+    StaleFence,
+    VmLetGo,
+    to_problem,
+)
 from support.serving import serving
 
 MACHINE = "pc-q35-7.2"
@@ -102,6 +114,11 @@ def straight_target(order: MoveOrder) -> list[dict[str, object]]:
 
 class _Definition(BaseModel):
     config: VmConfig
+    made_by_conversion: bool
+
+
+class _Start(BaseModel):
+    file: str
 
 
 class _Stop(BaseModel):
@@ -125,6 +142,7 @@ class FakeAgent:
     context: ssl.SSLContext
     port: int
     sealed: bool = True
+    aes: bool = True
     versions: tuple[int, ...] = (1,)
     source_script: Script = straight_source
     target_script: Script = straight_target
@@ -140,6 +158,7 @@ class FakeAgent:
     secrets: list[MoveSecret] = field(default_factory=list)
     refuse_order: SealiftError | None = None
     requests: list[str] = field(default_factory=list)
+    vault: FakeVault = field(default_factory=FakeVault)
 
     @property
     def address(self) -> str:
@@ -164,7 +183,7 @@ class FakeAgent:
             sealed_channel=self.sealed,
             sealed_channel_reason="" if self.sealed else "switched off",
             channel_versions=self.versions,
-            aes_instructions=True,
+            aes_instructions=self.aes,
             aes_gcm_gb_per_s=5.0,
             qemu_version=QEMU,
             machine_types=(MACHINE,),
@@ -176,9 +195,10 @@ class FakeAgent:
 
     def take(self, attempt: UUID, role: Role, body: bytes) -> MoveStatus:
         """An order to move."""
-        order, secret, _ = decode_spec(body)
+        order, secret, deks = decode_spec(body)
         self.orders.append((role, order))
         self.secrets.append(secret)
+        self.vault.came_with_orders.append({dek_id: dek.reveal() for dek_id, dek in deks.items()})
         if self.refuse_order is not None:
             raise self.refuse_order
         if attempt in self.moves:
@@ -186,6 +206,7 @@ class FakeAgent:
         if attempt in self.marked:
             raise Conflict(f"attempt {attempt} was ended before this order came")
         self.check_fence(order.vm, order.fence)
+        self.vault.take_order(order, deks if role is Role.TARGET else None)
         script = (self.source_script if role is Role.SOURCE else self.target_script)(order)
         first = MoveState.PREPARING if role is Role.SOURCE else MoveState.WAITING
         status = MoveStatus(attempt, role, first, channels=1 + order.options.multifd_channels)
@@ -222,7 +243,7 @@ class FakeAgent:
     def _vm(self, vm: UUID) -> VmStatus:
         if vm not in self.vms:
             raise NotFound(f"host {self.name} has no VM {vm}")
-        return self.vms[vm]
+        return self.vault.seen(self.vms[vm])
 
     def _app(self) -> FastAPI:
         app = FastAPI(openapi_url=None)
@@ -233,7 +254,12 @@ class FakeAgent:
 
             return JSONResponse(to_problem(error), status_code=error.status, media_type="application/problem+json")
 
+        @app.exception_handler(Lost)
+        async def lost(request: Request, error: Lost) -> Response:
+            return Response("a proxy gave up", status_code=502)
+
         self._add_vms(app)
+        self.vault.add(app, self)
         self._add_moves(app)
         self._add_markers(app)
         return app
@@ -248,7 +274,7 @@ class FakeAgent:
 
         @app.get("/v1/vms")
         async def every() -> list[VmStatus]:
-            return list(self.vms.values())
+            return [self._vm(vm) for vm in self.vms]
 
         @app.get("/v1/vms/{vm}")
         async def one(vm: UUID) -> VmStatus:
@@ -257,17 +283,22 @@ class FakeAgent:
         @app.put("/v1/vms/{vm}")
         async def define(vm: UUID, definition: _Definition, request: Request) -> VmStatus:
             fenced(vm, request)
+            self.vault.about_to("define")
             config = definition.config
+            if vm in self.vms:
+                raise AlreadyExists(f"host {self.name} has VM {vm} already")
+            self.vault.made_by_conversion[vm] = definition.made_by_conversion
             self.vms[vm] = VmStatus(vm, config.name, VmState.STOPPED, config, None)
+            self.vault.answer("define")
             return self.vms[vm]
 
         @app.post("/v1/vms/{vm}/start")
-        async def start(vm: UUID, request: Request) -> VmStatus:
+        async def start(vm: UUID, order: _Start, request: Request) -> VmStatus:
             fenced(vm, request)
             if vm in self.let_go:
                 raise VmLetGo(f"VM {vm} was let go")
-            self.run(self._vm(vm).config)
-            return self.vms[vm]
+            self.run(self.vault.to_start_from(self._vm(vm).config, order.file))
+            return self._vm(vm)
 
         @app.post("/v1/vms/{vm}/stop")
         async def stop(vm: UUID, order: _Stop, request: Request) -> VmStatus:
@@ -280,7 +311,11 @@ class FakeAgent:
             fenced(vm, request)
             if self._vm(vm).state is VmState.RUNNING:
                 raise Conflict("stop it first")
+            self.vault.about_to("delete")
             del self.vms[vm]
+            self.vault.held.pop(vm, None)
+            self.vault.files.pop(vm, None)
+            self.vault.answer("delete")
 
     def _add_moves(self, app: FastAPI) -> None:
         @app.put("/v1/moves/{attempt}/{role}")
@@ -343,6 +378,7 @@ class FakeAgent:
             self.let_go.add(move.order.vm)
         else:
             self.run(move.order.hardware.config)
+            self.vault.take_in(move.order)
             self.let_go.discard(move.order.vm)
 
     def _add_markers(self, app: FastAPI) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from uuid import UUID, uuid4
 
 from doubles.agent import FakeAgent
-from sealift.controller.inventory import CONFIG
 from sealift.controller.ledger import Wish
 from sealift.controller.models import EventRow, MigrationRow, VmRow
+from sealift.controller.new_vm import CONFIG
 from sealift.controller.services import Services
 from sealift.domain.lifecycle import State
 from sealift.domain.move import MoveOptions
@@ -37,13 +37,13 @@ async def running_vm(services: Services, host: FakeAgent, *, name: str = "vm1", 
     return config.uuid
 
 
-async def set_policy(services: Services, setting: MigrateEncryption, *, encrypted: bool = False) -> None:
+async def set_policy(services: Services, setting: MigrateEncryption) -> None:
     """Set vm1's setting, without asking its host."""
     async with services.events.transaction() as session:
         from sqlalchemy import select
 
         row = (await session.scalars(select(VmRow))).one()
-        row.migrate_encryption, row.encrypted = setting.value, encrypted
+        row.migrate_encryption = setting.value
 
 
 def wish(*, vm: str = "vm1", to: str = "b", channels: int = 1) -> Wish:

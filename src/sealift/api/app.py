@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sealift import __version__
 from sealift.api.problems import install, problem
-from sealift.api.routes import hosts, key_providers, migrations, settings, vms
+from sealift.api.routes import conversions, hosts, key_providers, migrations, settings, vms
 from sealift.controller.services import Services
 from sealift.errors import InvalidInput
 
@@ -70,7 +70,7 @@ def create_app(services: Services) -> FastAPI:
         lifespan=life,
     )
     app.state.services = services
-    for routes in (hosts, vms, migrations, key_providers, settings):
+    for routes in (hosts, vms, conversions, migrations, key_providers, settings):
         app.include_router(routes.router)
     install(app)
     app.add_middleware(BodyLimit)

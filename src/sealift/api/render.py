@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import datetime
+from typing import Literal
 
 from pydantic import TypeAdapter
 
+from sealift.api.encryption import Conversion, ConversionFinding, Rekeyed, VmEncryption
 from sealift.api.schemas import Event, Finding, Host, LinkDown, Migration, Phase, Progress, Step, Vm
-from sealift.controller.inventory import SeenHost, SeenVm
-from sealift.controller.models import EventRow, MigrationRow
+from sealift.controller.conversions import PLANNED, REFUSED
+from sealift.controller.models import ConversionRow, EventRow, MigrationRow
+from sealift.controller.rekey import RekeyedVm
+from sealift.controller.sights import SeenHost, SeenVm
+from sealift.domain.conversion import CONVERSION_FINAL, ConversionKind, ConversionState, ConversionStatus
 from sealift.domain.lifecycle import FINAL, State
 from sealift.domain.move import LinkReport, MoveStatus
 from sealift.domain.policy import MigrateEncryption
+from sealift.domain.vm import VmState
+from sealift.keys.bundle import Verdict
+from sealift.keys.envelope import CIPHER
 
 _FINDINGS = TypeAdapter(list[Finding])
+_CONVERSION_FINDINGS = TypeAdapter(list[ConversionFinding])
+_STATES: dict[str, Literal["planned", "refused", "copying", "verifying", "swapping", "done", "failed", "cancelled"]] = {
+    PLANNED: PLANNED,
+    REFUSED: REFUSED,
+    **{state.value: state.value for state in ConversionState},
+}
+_TAMPERED = {
+    Verdict.TAMPERED: "its configuration file on host {host} was changed",
+    Verdict.OLDER: "its configuration file on host {host} is an older copy",
+    Verdict.NEWER: "its configuration file on host {host} is newer than the controller's copy",
+}
 
 
 def moment(seconds: float) -> datetime.datetime:
@@ -38,21 +57,97 @@ def host(seen: SeenHost) -> Host:
 
 def vm(seen: SeenVm) -> Vm:
     """A VM as it was just seen."""
-    status = seen.status
+    status, before = seen.status, seen.row.setting_before
     return Vm(
         uuid=seen.row.uuid,
         name=seen.row.name,
         host=seen.host,
         state=status.state if status else None,
         migrate_encryption=MigrateEncryption(seen.row.migrate_encryption),
+        migrate_encryption_before=MigrateEncryption(before) if before else None,
         encrypted=seen.row.encrypted,
+        encryption=vm_encryption(seen) if seen.row.encrypted else None,
+        conversion=seen.conversion,
         config=seen.config,
         hardware=status.hardware if status else None,
         message=seen.error or (status.message if status else ""),
     )
 
 
-def findings(row: MigrationRow) -> list[Finding]:
+def vm_encryption(seen: SeenVm) -> VmEncryption:
+    """What encrypts a VM, and whether it can start: a file that was changed comes before a key that is away."""
+    row, verdict = seen.row, seen.file.verdict if seen.file else Verdict.OK
+    state: Literal["ok", "locked", "tampered"] = "ok"
+    message = seen.note
+    if verdict in _TAMPERED:
+        state = "tampered"
+        message = f"{_TAMPERED[verdict].format(host=seen.host)}; `sealift vm restore-config {row.name}` sees to it"
+    elif verdict is Verdict.LOCKED:
+        state = "locked"
+        message = (
+            f"its configuration file on host {seen.host} is not the last one written; key {row.key_id} of key provider "
+            f"{row.provider}, which would tell why, cannot be had"
+        )
+    elif row.lock_reason and (seen.status is None or seen.status.state in (VmState.STOPPED, VmState.CRASHED)):
+        state, message = "locked", row.lock_reason
+    return VmEncryption(
+        provider=row.provider or "",
+        key_id=row.key_id or "",
+        cipher=CIPHER,
+        generation=row.generation,
+        state=state,
+        message=message,
+        lines=list(seen.file.lines) if seen.file else [],
+    )
+
+
+def conversion(row: ConversionRow, report: ConversionStatus | None) -> Conversion:
+    """A conversion's record; while it is under way, with what its host reported last."""
+    live = report if row.finished_at is None else None
+    state = row.state
+    if live is not None and live.state not in CONVERSION_FINAL:
+        state = live.state.value
+    return Conversion(
+        id=row.id,
+        vm=row.vm,
+        vm_name=row.vm_name,
+        host=row.host_name,
+        kind=ConversionKind(row.kind).value,
+        deep=row.deep,
+        state=_STATES[state],
+        finished=row.finished_at is not None,
+        done_bytes=live.done_bytes if live else row.done_bytes,
+        total_bytes=live.total_bytes if live else row.total_bytes,
+        provider=row.provider,
+        key_id=row.key_id,
+        old_provider=row.old_provider,
+        old_key_id=row.old_key_id,
+        findings=_CONVERSION_FINDINGS.validate_python(row.findings),
+        error_slug=row.error_slug,
+        error=row.error,
+        todo=row.todo,
+        requested_by=row.requested_by,
+        created_at=moment(row.created_at),
+        finished_at=moment(row.finished_at) if row.finished_at is not None else None,
+    )
+
+
+def rekeyed(found: RekeyedVm) -> Rekeyed:
+    """What became of one VM of many."""
+    error = found.error
+    return Rekeyed(
+        vm=found.vm,
+        old_provider=found.old_provider,
+        old_key_id=found.old_key_id,
+        provider=found.provider,
+        key_id=found.key_id,
+        error_slug=error.slug if error else "",
+        error=error.what if error else "",
+        todo=error.todo if error else "",
+    )
+
+
+def findings(row: MigrationRow | ConversionRow) -> list[Finding]:
     """What the plan found."""
     return _FINDINGS.validate_python(row.findings)
 

@@ -3,63 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from uuid import UUID, uuid4
+from uuid import UUID
 
-from pydantic import TypeAdapter
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sealift.controller.events import EventLog, Happening
 from sealift.controller.link import AgentLink, Links, Peer
-from sealift.controller.models import HostRow, MigrationRow, VmRow
-from sealift.domain.host import HostCapabilities
-from sealift.domain.policy import Capability, HostView, MigrateEncryption
-from sealift.domain.vm import VmConfig, VmState, VmStatus, check_name
-from sealift.domain.vm_file import parse_vm_toml
-from sealift.errors import AlreadyExists, Conflict, NotFound, SealiftError, Unreachable
-
-CONFIG = TypeAdapter(VmConfig)
-
-
-@dataclass(frozen=True)
-class SeenHost:
-    """A host as it was just seen; ``error`` says why it has no ``capabilities``."""
-
-    row: HostRow
-    capability: Capability
-    capabilities: HostCapabilities | None
-    error: str = ""
-
-    @property
-    def view(self) -> HostView:
-        """What the policy decides from."""
-        versions = self.capabilities.channel_versions if self.capabilities else ()
-        return HostView(self.row.name, self.capability, versions)
-
-
-@dataclass(frozen=True)
-class SeenVm:
-    """A VM as it was just seen; ``error`` says why it has no ``status``."""
-
-    row: VmRow
-    host: str
-    config: VmConfig
-    status: VmStatus | None
-    error: str = ""
+from sealift.controller.models import ConversionRow, HostRow, MigrationRow, VmRow
+from sealift.controller.new_vm import CONFIG, new_vm, parse_new, require_new
+from sealift.controller.sights import SeenHost, SeenVm
+from sealift.controller.unlocking import ready_to_start
+from sealift.controller.vm_keys import VmKeys, file_on_host
+from sealift.domain.policy import Capability, MigrateEncryption
+from sealift.domain.vm import VmState, VmStatus, check_name
+from sealift.errors import Conflict, NotFound, SealiftError, Unreachable
 
 
 class Inventory:
     """The hosts and VMs of one controller."""
 
-    def __init__(self, events: EventLog, links: Links) -> None:
-        self._events = events
+    def __init__(self, events: EventLog, links: Links, keys: VmKeys) -> None:
+        self.keys = keys
+        self.events = self._events = events
         self._links = links
         self._busy: set[UUID] = set()
+        self._turns: dict[UUID, asyncio.Lock] = {}
 
     # Hosts
 
@@ -162,6 +134,9 @@ class Inventory:
     async def _seen(self, rows: Sequence[VmRow], hosts: dict[UUID, HostRow]) -> list[SeenVm]:
         wanted = list({row.host for row in rows})
         answers = await asyncio.gather(*(self.link(hosts[host]).vms() for host in wanted), return_exceptions=True)
+        async with self._events.reading() as session:
+            unfinished = select(ConversionRow).where(ConversionRow.finished_at.is_(None))
+            conversions = {row.vm: row.id for row in await session.scalars(unfinished)}
         reports: dict[UUID, list[VmStatus] | SealiftError] = {}
         for host, answer in zip(wanted, answers, strict=True):
             if isinstance(answer, BaseException) and not isinstance(answer, SealiftError):
@@ -177,54 +152,56 @@ class Inventory:
                 status = next((status for status in report if status.uuid == row.uuid), None)
                 error = "" if status else f"host {name} does not know this VM"
             config = status.config if status else CONFIG.validate_python(row.config)
-            seen.append(SeenVm(row, name, config, status, error))
+            file = await self.keys.judge(row, file_on_host(status)) if row.encrypted and status else None
+            note = self.keys.notes.get(row.uuid, "")
+            seen.append(SeenVm(row, name, config, status, error, file, note, conversions.get(row.uuid)))
         return seen
 
     async def create_vm(self, host: str, text: str, *, asked_by: str) -> SeenVm:
         """Define a VM on a host from its TOML file; raises InvalidInput, NotFound, AlreadyExists."""
-        config = parse_vm_toml(text, new_uuid=uuid4(), mac=_draw_mac())
+        config = parse_new(text)
         async with self._events.transaction() as session:
             host_row = await _host(session, host)
-            taken = await session.scalar(
-                select(VmRow.name).where((VmRow.name == config.name) | (VmRow.uuid == config.uuid))
-            )
-            if taken is not None:
-                raise AlreadyExists(f"VM {taken} is there already, with that name or uuid", todo="choose another")
-            row = VmRow(
-                uuid=config.uuid,
-                name=config.name,
-                host=host_row.id,
-                migrate_encryption=MigrateEncryption.OPPORTUNISTIC.value,
-                fence=1,
-                config=CONFIG.dump_python(config, mode="json"),
-                created_at=time.time(),
-            )
+            await require_new(session, config.name, config.uuid)
+            row = new_vm(config, host_row)
             session.add(row)
         try:
-            await self.link(host_row).define(config, row.fence)
+            await self.link(host_row).define(config, row.fence, made_by_conversion=False)
         except Unreachable:
             raise  # the order may have arrived: the row stays, and `vm delete` clears both
         except SealiftError:
             async with self._events.transaction() as session:
                 await session.delete(row)
             raise
-        await self._tell(f"VM {config.name} was defined on host {host} by {asked_by}", "vm.created", row, host)
+        await self.tell(f"VM {config.name} was defined on host {host} by {asked_by}", "vm.created", row.name, host)
         return await self.vm(config.name)
 
     async def set_policy(self, name: str, setting: MigrateEncryption, *, asked_by: str) -> SeenVm:
-        """Change a VM's setting; a migration under way keeps the plan it was given."""
+        """Change a VM's setting; a migration under way keeps the plan it was given.
+
+        Raises Conflict for anything but ``required`` while the VM is encrypted: it always moves sealed.
+        """
         async with self._events.transaction() as session:
             row = await _vm(session, name)
+            if row.encrypted and setting is not MigrateEncryption.REQUIRED:
+                raise Conflict(
+                    f"VM {name} is encrypted, and an encrypted VM always moves sealed; its setting stays required",
+                    todo=f"`sealift vm decrypt {name}` first, if it may move in plain text",
+                )
             row.migrate_encryption = setting.value
+            if not row.encrypted:
+                row.setting_before = None  # from now on it is what a person chose
             text = f"VM {name}: migrate encryption was set to {setting.value} by {asked_by}"
             self._events.add(session, Happening("vm.policy", text, vm=name))
         return await self.vm(name)
 
     async def start_vm(self, name: str, *, asked_by: str) -> SeenVm:
-        """Start a VM where it is placed; raises what its agent refuses with."""
+        """Start a VM where it is placed; raises what its agent refuses with, and VmLocked and VmTampered."""
         async with self.turn(name) as (row, host):
-            await self.link(host).start(row.uuid, row.fence)
-            await self._tell(f"VM {name} was started on host {host.name} by {asked_by}", "vm.started", row, host.name)
+            link = self.link(host)
+            file_hash = await ready_to_start(self.keys, self._events, link, row) if row.encrypted else ""
+            await link.start(row.uuid, row.fence, file_hash=file_hash)
+            await self.tell(f"VM {name} was started on host {host.name} by {asked_by}", "vm.started", name, host.name)
         return await self.vm(name)
 
     async def stop_vm(self, name: str, *, force: bool, asked_by: str) -> SeenVm:
@@ -232,43 +209,89 @@ class Inventory:
         async with self.turn(name) as (row, host):
             await self.link(host).stop(row.uuid, row.fence, force=force)
             how = "killed" if force else "told to power down"
-            await self._tell(f"VM {name} was {how} on host {host.name} by {asked_by}", "vm.stopped", row, host.name)
+            await self.tell(f"VM {name} was {how} on host {host.name} by {asked_by}", "vm.stopped", name, host.name)
         return await self.vm(name)
 
-    async def delete_vm(self, name: str, *, asked_by: str) -> None:
-        """Forget a stopped VM, here and at its host; its disks stay."""
+    async def delete_vm(self, name: str, *, force: bool, asked_by: str) -> None:
+        """Forget a stopped VM, here and at its host; its disks stay.
+
+        Those of an encrypted one can be opened by nobody afterwards, since its configuration file goes: raises
+        Conflict unless ``force``.
+        """
         async with self.turn(name) as (row, host):
+            if row.encrypted and not force:
+                raise Conflict(
+                    f"VM {name} is encrypted: its disks stay, and without its configuration file nobody can open them",
+                    todo=f"`sealift vm decrypt {name}` first to keep what is on them, or delete it with --force",
+                )
             with suppress(NotFound):  # its host may have forgotten it already
                 await self.link(host).delete(row.uuid, row.fence)
+            text = f"VM {name} was deleted from host {host.name} by {asked_by}"
+            if row.encrypted:
+                with suppress(NotFound):
+                    await self.link(host).forget_keys(row.uuid, row.fence)
+                text += (
+                    f"; its disks stay, and nobody can open them; its key {row.key_id} stays at key provider "
+                    f"{row.provider}"
+                )
             async with self._events.transaction() as session:
                 await session.delete(await session.get_one(VmRow, row.uuid))
-                text = f"VM {name} was deleted from host {host.name} by {asked_by}"
+                others = list(await session.scalars(select(HostRow).where(HostRow.id != host.id)))
                 self._events.add(session, Happening("vm.deleted", text, host=host.name, vm=name))
+            if row.encrypted:
+                await self.forget_keys(others, row.uuid, row.fence)
 
-    async def _tell(self, text: str, what: str, row: VmRow, host: str) -> None:
+    async def forget_keys(self, hosts: Sequence[HostRow], vm: UUID, fence: int) -> None:
+        """Let hosts drop the keys of a VM that has been there; one that does not answer drops them with its agent."""
+        asked = (self.link(host).forget_keys(vm, fence) for host in hosts)
+        for answer in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, SealiftError):
+                raise answer
+
+    async def tell(self, text: str, what: str, vm: str, host: str) -> None:
+        """Add an event about a VM."""
         async with self._events.transaction() as session:
-            self._events.add(session, Happening(what, text, host=host, vm=row.name))
+            self._events.add(session, Happening(what, text, host=host, vm=vm))
 
     @asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[tuple[VmRow, HostRow]]:
-        """The VM's and its host's row, while no other order touches the VM and no migration of it is unfinished.
+        """The VM's and its host's row, while no other order touches the VM and nothing of it is unfinished.
 
-        Raises NotFound, and Conflict when it is somebody else's turn.
+        Raises NotFound, and Conflict when it is somebody else's turn, or a migration's or a conversion's.
         """
         row, _ = await self.placed(name)
         if row.uuid in self._busy:
             raise Conflict(f"VM {name} is busy with another order", todo="try again when that is done")
         self._busy.add(row.uuid)
         try:
-            async with self._events.reading() as session:
-                moving = await session.scalar(
-                    select(MigrationRow.id).where(MigrationRow.vm == row.uuid, MigrationRow.finished_at.is_(None))
-                )
-            if moving is not None:
-                raise Conflict(f"VM {name} is migrating ({moving})", todo="wait for it, or cancel it")
-            yield await self.placed(name)  # again: it may have moved before it was ours
+            async with self._aside(row.uuid):
+                async with self._events.reading() as session:
+                    await _require_idle(session, row)
+                yield await self.placed(name)  # again: it may have moved before it was ours
         finally:
             self._busy.discard(row.uuid)
+
+    @asynccontextmanager
+    async def between_orders(self, seen: VmRow) -> AsyncIterator[bool]:
+        """Hold orders to a VM up for a moment; yields whether it still is as it was ``seen``, and idle."""
+        if seen.uuid in self._busy:
+            yield False
+            return
+        async with self._aside(seen.uuid):
+            async with self._events.reading() as session:
+                now = await session.get(VmRow, seen.uuid)
+                same = now is not None and _orders_key(now) == _orders_key(seen)
+                if same:
+                    try:
+                        await _require_idle(session, seen)
+                    except Conflict:
+                        same = False
+            yield same
+
+    @asynccontextmanager
+    async def _aside(self, vm: UUID) -> AsyncIterator[None]:
+        async with self._turns.setdefault(vm, asyncio.Lock()):
+            yield
 
     async def at_target(self, host: HostRow, vm: UUID) -> VmState | None:
         """What a host says of a VM that is to come to it; None when it does not know it."""
@@ -276,6 +299,25 @@ class Inventory:
             return (await self.link(host).vm(vm)).state
         except NotFound:
             return None
+
+
+async def _require_idle(session: AsyncSession, row: VmRow) -> None:
+    moving = await session.scalar(
+        select(MigrationRow.id).where(MigrationRow.vm == row.uuid, MigrationRow.finished_at.is_(None))
+    )
+    if moving is not None:
+        raise Conflict(f"VM {row.name} is migrating ({moving})", todo="wait for it, or cancel it")
+    converting = await session.scalar(
+        select(ConversionRow).where(ConversionRow.vm == row.uuid, ConversionRow.finished_at.is_(None))
+    )
+    if converting is not None:
+        raise Conflict(
+            f"a {converting.kind} of VM {row.name} is under way ({converting.id})", todo="wait for it, or cancel it"
+        )
+
+
+def _orders_key(row: VmRow) -> tuple[object, ...]:
+    return row.host, row.fence, row.encrypted, row.config_file
 
 
 async def _host(session: AsyncSession, name: str) -> HostRow:
@@ -290,8 +332,3 @@ async def _vm(session: AsyncSession, name: str) -> VmRow:
     if found is None:
         raise NotFound(f"there is no VM {name}", todo="see `sealift vm list`")
     return found
-
-
-def _draw_mac() -> str:
-    """A random address in the range that QEMU uses for its cards."""
-    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))

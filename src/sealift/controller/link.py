@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import ssl
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
@@ -21,9 +22,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from sealift.controller.authority import Authority, host_uri
 from sealift.controller.models import HostRow
+from sealift.domain.conversion import ConversionOrder, ConversionStatus, DiskFacts
+from sealift.domain.deks import Deks, encode_frame, encode_keys
 from sealift.domain.host import HostCapabilities
 from sealift.domain.move import Answer, MoveStatus, Role
-from sealift.domain.vm import VmConfig, VmStatus
+from sealift.domain.vm import Disk, VmConfig, VmStatus
 from sealift.errors import HostIdentityMismatch, HostUnreachable, NotFound, SealiftError, from_slug
 
 CONNECT_S, ANSWER_S, LONG_ANSWER_S = 3.0, 10.0, 60.0
@@ -34,12 +37,15 @@ RENEW_S = 12 * 3600.0
 
 FENCE = "Sealift-Fence"
 SPEC_TYPE = "application/vnd.sealift.spec"
+KEYS_TYPE = "application/vnd.sealift.keys"
 
 _T = TypeVar("_T")
 _CAPABILITIES = TypeAdapter(HostCapabilities)
 _STATUS, _STATUSES = TypeAdapter(VmStatus), TypeAdapter(list[VmStatus])
 _MOVE = TypeAdapter(MoveStatus)
 _CONFIG = TypeAdapter(VmConfig)
+_ORDER, _CONVERSION = TypeAdapter(ConversionOrder), TypeAdapter(ConversionStatus)
+_DISKS = TypeAdapter(list[DiskFacts])
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,19 @@ class AgentLink:
         """One VM; raises NotFound."""
         return await self._ask("GET", f"/v1/vms/{uuid}", _STATUS)
 
-    async def define(self, config: VmConfig, fence: int) -> None:
-        """Define a VM, or define it anew."""
-        body = b'{"config":' + _CONFIG.dump_json(config) + b"}"
+    async def define(self, config: VmConfig, fence: int, *, made_by_conversion: bool) -> None:
+        """Define a VM; images that are not there are made now, or by the conversion that is to follow."""
+        made = b"true" if made_by_conversion else b"false"
+        body = b'{"config":' + _CONFIG.dump_json(config) + b',"made_by_conversion":' + made + b"}"
         await self._order("PUT", f"/v1/vms/{config.uuid}", fence, body)
 
-    async def start(self, uuid: UUID, fence: int) -> None:
-        """Start a VM; refused with VmLetGo by a host that let it go."""
-        await self._order("POST", f"/v1/vms/{uuid}/start", fence)
+    async def start(self, uuid: UUID, fence: int, *, file_hash: str) -> None:
+        """Start a VM; refused with VmLetGo by a host that let it go.
+
+        An encrypted one only if SHA-256 of its configuration file there is ``file_hash`` (hex), else VmTampered, and
+        if the host holds its keys, else KeysNotHeld.
+        """
+        await self._order("POST", f"/v1/vms/{uuid}/start", fence, json.dumps({"file": file_hash}).encode())
 
     async def stop(self, uuid: UUID, fence: int, *, force: bool) -> None:
         """Stop a VM."""
@@ -99,6 +110,54 @@ class AgentLink:
     async def delete(self, uuid: UUID, fence: int) -> None:
         """Forget a stopped VM."""
         await self._order("DELETE", f"/v1/vms/{uuid}", fence)
+
+    async def put_keys(self, uuid: UUID, fence: int, deks: Deks) -> None:
+        """Let the host hold a VM's keys in memory."""
+        headers = {"content-type": KEYS_TYPE, FENCE: str(fence)}
+        await self._send("PUT", f"/v1/vms/{uuid}/keys", encode_keys(deks), headers)
+
+    async def forget_keys(self, uuid: UUID, fence: int) -> None:
+        """Let the host drop the keys of a VM that it has, or had; a VM that runs goes on."""
+        await self._order("POST", f"/v1/vms/{uuid}/keys/forget", fence)
+
+    async def holds(self, uuid: UUID, deks: Sequence[UUID]) -> bool:
+        """Whether the host holds all of these keys of a VM, which need not be there."""
+        body = json.dumps({"vm": str(uuid), "deks": [str(dek) for dek in deks]}).encode()
+        return (await self._ask("POST", "/v1/keys/held", TypeAdapter(dict[str, bool]), body))["held"]
+
+    async def put_file(self, uuid: UUID, fence: int, file: bytes) -> None:
+        """Write a VM's configuration file anew; raises Conflict for one older than the newest it has written."""
+        body = json.dumps({"file": file.decode("latin-1")}).encode()
+        await self._order("PUT", f"/v1/vms/{uuid}/file", fence, body)
+
+    async def look_at_disks(self, disks: Sequence[Disk]) -> list[DiskFacts]:
+        """What the host says of images and where they lie, in the order of ``disks``."""
+        body = json.dumps({"disks": [{"path": disk.path, "format": disk.format} for disk in disks]}).encode()
+        return await self._ask("POST", "/v1/disks/look", _DISKS, body, timeout=LONG_ANSWER_S)
+
+    async def convert(self, order: ConversionOrder, deks: Deks) -> ConversionStatus:
+        """Have disks encrypted, decrypted or rekeyed; ``deks`` are the keys of the images as they are and will be."""
+        headers = {"content-type": KEYS_TYPE, FENCE: str(order.fence)}
+        body = encode_frame(_ORDER.dump_json(order), deks)
+        return await self._ask("PUT", f"/v1/conversions/{order.id}", _CONVERSION, body, headers, LONG_ANSWER_S)
+
+    async def conversion(self, conversion: UUID) -> ConversionStatus | None:
+        """How a conversion stands; None when the host knows nothing of it."""
+        try:
+            return await self._ask("GET", f"/v1/conversions/{conversion}", _CONVERSION)
+        except NotFound:
+            return None
+
+    async def cancel_conversion(self, conversion: UUID) -> None:
+        """Ask for the old images to be kept; raises NotFound for one not known, whose order is refused from then on."""
+        await self._send("POST", f"/v1/conversions/{conversion}/cancel", timeout=LONG_ANSWER_S)
+
+    async def forget_conversion(self, conversion: UUID) -> None:
+        """Drop a final conversion; one that is not known is forgotten already."""
+        try:
+            await self._send("POST", f"/v1/conversions/{conversion}/forget", timeout=LONG_ANSWER_S)
+        except NotFound:
+            return
 
     async def order(self, role: Role, attempt: UUID, fence: int, spec: bytes) -> MoveStatus:
         """Hand the spec of an attempt, its secret included, to the host that has this role in it."""

@@ -16,6 +16,7 @@ from sealift.controller.planning import make_plan
 from sealift.controller.run import Draw, Run, Tools, options_of, plan_fields
 from sealift.controller.settings import ControllerSettings
 from sealift.controller.watch import Pace
+from sealift.domain.deks import wipe
 from sealift.domain.lifecycle import CANCELLABLE, FINAL, State
 from sealift.domain.move import (
     KEY_BYTES,
@@ -82,6 +83,7 @@ class Orchestrator:
         row = new_row(wish, vm, source, target)
         floor = await self._settings.migration_floor()
         planned = await make_plan(self._inventory, vm, source, target, options_of(row), row.channels, floor=floor)
+        wipe(planned.deks)
         state = State.REFUSED if isinstance(planned.plan, Refused) else State.PLANNED
         for name, value in plan_fields(planned).items():
             setattr(row, name, value)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from uuid import UUID
 
 import structlog
 
 from sealift.controller.inventory import Inventory
 from sealift.controller.link import AgentLink
 from sealift.controller.models import HostRow, VmRow
-from sealift.domain.checks import Facts, Finding, check
+from sealift.controller.vm_keys import deks_needed
+from sealift.domain.checks import Facts, Finding, KeyFacts, check
+from sealift.domain.deks import wipe
 from sealift.domain.move import MoveOptions
 from sealift.domain.policy import MigrateEncryption, Plan, Refused, decide
 from sealift.domain.vm import HardwareRecord, VmState, VmStatus
 from sealift.errors import NotFound, SealiftError
+from sealift.keys.provider import KeyState
+from sealift.secret import Secret
 
 log = structlog.get_logger("sealift.planning")
 
@@ -29,6 +34,8 @@ class Planned:
     source_address: str  # the source's migration address, without port
     target_address: str  # host:port
     hardware: HardwareRecord | None
+    file: str = ""  # of an encrypted VM, as its order carries it
+    deks: dict[UUID, Secret] = field(default_factory=dict)  # for the target; whoever has the plan wipes them
 
 
 async def make_plan(
@@ -54,6 +61,7 @@ async def make_plan(
             shared[disk.path] = await _is_shared(inventory.link(source), inventory.link(target), disk.path)
     address = seen_target.capabilities.migration_address if seen_target.capabilities else ""
     source_address = seen_source.capabilities.migration_address if seen_source.capabilities else ""
+    keys, deks = await _unwrap(inventory, vm, source, target, status)
     facts = Facts(
         vm_name=vm.name,
         source=seen_source.capabilities,
@@ -65,10 +73,12 @@ async def make_plan(
         channels=channels,
         same_host=source.id == target.id,
         shared=shared,
+        keys=keys,
     )
     plan = decide(
         MigrateEncryption(vm.migrate_encryption),
-        encrypted=vm.encrypted,
+        # The host's word counts too: a controller's database may be an older one, put back from a backup.
+        encrypted=vm.encrypted or bool(status and status.config.deks),
         floor=floor,
         source=seen_source.view,
         target=seen_target.view,
@@ -81,13 +91,48 @@ async def make_plan(
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
         plan = Refused("; ".join(found.text for found in errors), "; ".join(found.todo for found in errors))
+    if isinstance(plan, Refused):
+        wipe(deks)
+        deks = {}
     return Planned(
         plan=plan,
         findings=findings,
         source_address=(source_address or source.migration_address).rpartition(":")[0].strip("[]"),
         target_address=facts.target_address,
         hardware=status.hardware if status else None,
+        file=(vm.config_file or b"").decode("latin-1"),
+        deks=deks,
     )
+
+
+async def _unwrap(
+    inventory: Inventory, vm: VmRow, source: HostRow, target: HostRow, status: VmStatus | None
+) -> tuple[KeyFacts | None, dict[UUID, Secret]]:
+    """Unwrap an encrypted VM's keys for the target, now; without an active key none, and whether it holds them."""
+    if not vm.encrypted:
+        if status is None or not status.config.deks:
+            return None, {}
+        what = f"host {source.name} has VM {vm.name} encrypted, and the controller knows no keys of it"
+        return KeyFacts("", file=f"{what}; `sealift vm restore-config {vm.name}` takes its configuration file over"), {}
+    facts = KeyFacts(vm.provider or "")
+    if status is not None:
+        try:
+            await inventory.keys.require_own_file(vm, source.name, status)
+        except SealiftError as error:
+            facts = replace(facts, file=error.what)
+    deks: dict[UUID, Secret] = {}
+    try:
+        deks, state = await inventory.keys.deks(vm)
+        trouble = "" if state is KeyState.ACTIVE else f"key {vm.key_id} of key provider {vm.provider} is {state.value}"
+    except SealiftError as error:
+        trouble = error.what
+    if not trouble:
+        return facts, deks
+    wipe(deks)
+    held = False
+    with suppress(SealiftError):  # one that does not answer is refused for that
+        held = await inventory.link(target).holds(vm.uuid, deks_needed(vm))
+    return replace(facts, trouble=trouble, held=held), {}
 
 
 async def _status(inventory: Inventory, vm: VmRow, source: HostRow) -> VmStatus | None:

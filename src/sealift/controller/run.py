@@ -19,6 +19,7 @@ from sealift.controller.models import MigrationRow
 from sealift.controller.planning import Planned, make_plan
 from sealift.controller.settings import ControllerSettings
 from sealift.controller.watch import Pace, Watch, failure_of
+from sealift.domain.deks import wipe
 from sealift.domain.lifecycle import Event, State
 from sealift.domain.move import (
     ChannelLimits,
@@ -106,18 +107,20 @@ class Run:
         """Draw the secret and hand the spec to the target, then to the source; or end the attempt on both."""
         watch = self.watch
         if watch.cancel_requested:
+            wipe(planned.deks)
             await watch.end(Event.SOURCE_KEPT_ON_REQUEST)
             return
         attempt = uuid4()
         watch.row = await self._tools.ledger.begin_attempt(watch.row.id, attempt)
         order = _order(watch.row, planned, self._tools.limits)
         secret = self._tools.draw(order.protection)
-        spec = encode_spec(order, secret, {})
+        spec, spec_with_keys = encode_spec(order, secret, {}), encode_spec(order, secret, planned.deks)
+        wipe(planned.deks)
         secret.wipe()
         source_may_have_it = False
         try:
             watch.mark("ordered")
-            watch.target = await watch.link(Role.TARGET).order(Role.TARGET, attempt, order.fence, spec)
+            watch.target = await watch.link(Role.TARGET).order(Role.TARGET, attempt, order.fence, spec_with_keys)
             await self._until_target_waits()
             watch.mark("target")
             if not watch.cancel_requested:
@@ -132,7 +135,7 @@ class Run:
         except SealiftError as error:
             watch.failure = error.with_traceback(None)  # the frames it came through hold the spec
         finally:
-            del spec
+            del spec, spec_with_keys
         await watch.give_up(source_matters=source_may_have_it)
 
     async def _until_target_waits(self) -> None:
@@ -198,4 +201,5 @@ def _order(row: MigrationRow, planned: Planned, limits: ChannelLimits) -> MoveOr
         options=options_of(row),
         limits=limits,
         hardware=planned.hardware,
+        file=planned.file,
     )

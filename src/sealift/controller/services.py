@@ -10,8 +10,13 @@ from uuid import UUID
 
 from sealift.controller.access import Access
 from sealift.controller.authority import Authority, load_authority
+from sealift.controller.conversion_plan import MachineUuid, Planner, machine_uuid
+from sealift.controller.conversion_run import ConversionTools
+from sealift.controller.conversions import Conversions
+from sealift.controller.encryption import Encryption
 from sealift.controller.events import EventLog
 from sealift.controller.inventory import Inventory
+from sealift.controller.keeper import Keeper
 from sealift.controller.keyring import Keyring
 from sealift.controller.ledger import Ledger
 from sealift.controller.link import Links
@@ -21,6 +26,7 @@ from sealift.controller.recovery import recover
 from sealift.controller.run import Draw
 from sealift.controller.settings import ControllerSettings
 from sealift.controller.store import Store, open_store
+from sealift.controller.vm_keys import VmKeys
 from sealift.controller.watch import Pace
 from sealift.domain.move import ChannelLimits
 from sealift.errors import NotFound
@@ -84,13 +90,19 @@ class Services:
     settings_store: ControllerSettings
     providers: Providers
     keyring: Keyring
+    conversions: Conversions
+    encryption: Encryption
+    keeper: Keeper
 
     async def start(self) -> None:
-        """Take up what an earlier life left unfinished."""
-        await recover(self.ledger, self.orchestrator)
+        """Take up what an earlier life left unfinished, and begin to keep encrypted VMs ready."""
+        await recover(self.ledger, self.orchestrator, self.conversions, self.encryption)
+        self.keeper.start()
 
     async def close(self) -> None:
-        """Stop watching migrations, and close connections and database."""
+        """Stop watching migrations and conversions, and close connections and database."""
+        await self.keeper.stop()
+        await self.encryption.stop()
         await self.orchestrator.stop()
         await self.providers.close()
         await self.links.close()
@@ -98,20 +110,30 @@ class Services:
 
 
 async def open_services(
-    state: Path, *, draw: Draw = draw_secret, pace: Pace | None = None, limits: ChannelLimits | None = None
+    state: Path,
+    *,
+    draw: Draw = draw_secret,
+    pace: Pace | None = None,
+    limits: ChannelLimits | None = None,
+    machine: MachineUuid = machine_uuid,
 ) -> Services:
     """The controller whose state is in the directory ``state``; raises NotFound when it holds none.
 
     ``draw`` makes each attempt's secret; a test hands in its own to know what must appear nowhere. ``limits`` are those
-    of every sealed channel, by default the protocol's highest; a test lowers them to see keys change.
+    of every sealed channel, by default the protocol's highest; a test lowers them to see keys change. ``machine`` tells
+    the SMBIOS UUID of the machine that this controller runs on.
     """
     settings = load_settings(state)
     authority = load_authority(state, settings.controller)
     store = await open_store(state / "controller.db")
     events, links = EventLog(store), Links(authority)
-    inventory, ledger = Inventory(events, links), Ledger(events)
     settings_store = ControllerSettings(events)
     providers = Providers(events, state / "providers")
+    keyring = Keyring(providers)
+    inventory, ledger = Inventory(events, links, VmKeys(keyring)), Ledger(events)
+    pace = pace or Pace()
+    conversions = Conversions(events)
+    tools = ConversionTools(conversions, inventory, pace)
     return Services(
         settings=settings,
         authority=authority,
@@ -124,5 +146,8 @@ async def open_services(
         orchestrator=Orchestrator(ledger, inventory, settings_store, draw=draw, pace=pace, limits=limits),
         settings_store=settings_store,
         providers=providers,
-        keyring=Keyring(providers),
+        keyring=keyring,
+        conversions=conversions,
+        encryption=Encryption(tools, Planner(inventory, providers, machine)),
+        keeper=Keeper(events, inventory, providers, every_s=pace.keep_s),
     )

@@ -45,6 +45,7 @@ class Pace:
     patience_s: float = 30.0  # a host not to answer, before the outcome is called unknown
     again_s: float = 2.0  # before a deed that a host refused is tried again
     tidy_s: float = 30.0  # longest pause between attempts to tidy up
+    keep_s: float = 5.0  # between two rounds of the keeper
 
 
 class Watch:

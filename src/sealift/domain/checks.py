@@ -36,10 +36,26 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class KeyFacts:
+    """What was found of an encrypted VM's keys, just now.
+
+    ``trouble`` is why the keys could not be unwrapped, or may not be used any more, naming key provider and key id;
+    empty when they were unwrapped under an active key. ``held``: the target holds the keys of all its disks already.
+    ``file``: what is wrong with the configuration file at the source; empty when it is the last one written.
+    """
+
+    provider: str
+    trouble: str = ""
+    held: bool = False
+    file: str = ""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What was seen for one planned move. None means that the host did not answer, which the policy refuses.
 
     ``shared`` tells for the path of each disk whether the target read back what the source had just written there.
+    ``keys`` is None for a VM in clear.
     """
 
     vm_name: str
@@ -52,11 +68,12 @@ class Facts:
     channels: int
     same_host: bool = False
     shared: Mapping[str, bool] = field(default_factory=dict)
+    keys: KeyFacts | None = None
 
 
 def check(facts: Facts) -> list[Finding]:
     """Every finding about a move, errors first."""
-    found = [*_vm(facts), *_options(facts), *_target(facts), *_disks(facts), *_speed(facts)]
+    found = [*_vm(facts), *_options(facts), *_target(facts), *_disks(facts), *_keys(facts), *_speed(facts)]
     return sorted(found, key=lambda finding: finding.severity != "error")
 
 
@@ -201,6 +218,31 @@ def _disks(facts: Facts) -> list[Finding]:
         for disk in facts.status.hardware.config.disks
         if not facts.shared.get(disk.path, False)
     ]
+
+
+def _keys(facts: Facts) -> list[Finding]:
+    found: list[Finding] = []
+    keys = facts.keys
+    if keys is None:
+        return found
+    see = f"see `sealift key-provider show {keys.provider}`"
+    if keys.file:
+        found.append(_error(keys.file, f"see `sealift vm show {facts.vm_name}`"))
+    if keys.trouble and keys.held:
+        found.append(
+            _warning(
+                f"{keys.trouble}; the target holds the keys of its disks already, so VM {facts.vm_name} can move there",
+                f"{see}; after a restart of its host's agent the VM could not start again",
+            )
+        )
+    elif keys.trouble:
+        found.append(
+            _error(
+                f"{keys.trouble}; the target does not hold the keys of its disks either",
+                f"{see}, or choose a host where VM {facts.vm_name} has been",
+            )
+        )
+    return found
 
 
 def _speed(facts: Facts) -> list[Finding]:

@@ -6,14 +6,21 @@ from fastapi import APIRouter
 
 from sealift.api import render
 from sealift.api.caller import Caller, Controller
+from sealift.api.routes.conversions import refusal
 from sealift.api.schemas import Vm, VmChange, VmCreate, VmStop
+from sealift.controller.conversions import REFUSED
 
 router = APIRouter(prefix="/api/v1/vms", tags=["vms"])
 
 
-@router.post("", status_code=201)
-async def create(controller: Controller, name: Caller, body: VmCreate) -> Vm:
-    """Define a VM on a host from its TOML file."""
+@router.post("", status_code=201, response_model=Vm)
+async def create(controller: Controller, name: Caller, body: VmCreate) -> object:
+    """Define a VM on a host from its TOML file; with ``encrypt`` its disks are encrypted before it can start."""
+    if body.encrypt:
+        row = await controller.encryption.create(
+            body.host, body.config, body.provider, verify=body.verify, asked_by=name
+        )
+        return refusal(row) if row.state == REFUSED else render.vm(await controller.inventory.vm(row.vm_name))
     return render.vm(await controller.inventory.create_vm(body.host, body.config, asked_by=name))
 
 
@@ -49,6 +56,6 @@ async def stop(controller: Controller, name: Caller, vm: str, body: VmStop | Non
 
 
 @router.delete("/{vm}", status_code=204)
-async def delete(controller: Controller, name: Caller, vm: str) -> None:
-    """Forget a stopped VM; its disks stay."""
-    await controller.inventory.delete_vm(vm, asked_by=name)
+async def delete(controller: Controller, name: Caller, vm: str, force: bool = False) -> None:
+    """Forget a stopped VM; its disks stay. An encrypted one only with ``force``: nobody can open its disks then."""
+    await controller.inventory.delete_vm(vm, force=force, asked_by=name)

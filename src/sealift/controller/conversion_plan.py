@@ -1,0 +1,127 @@
+"""The plan of a conversion: ask the host and the key providers, and say everything at once. Nothing is changed.
+
+The keys of the disks as they are now are unwrapped for it, so a plan that is accepted can be carried out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+from sealift.controller.inventory import Inventory
+from sealift.controller.link import AgentLink
+from sealift.controller.models import HostRow, VmRow
+from sealift.controller.new_vm import CONFIG
+from sealift.controller.providers import Providers
+from sealift.domain.checks import Finding
+from sealift.domain.conversion import ConversionKind
+from sealift.domain.encryption_checks import ConversionFacts, check_conversion
+from sealift.domain.vm import VmState, VmStatus
+from sealift.errors import NotFound, SealiftError
+from sealift.secret import Secret
+
+PRODUCT_UUID = Path("/sys/class/dmi/id/product_uuid")
+
+MachineUuid = Callable[[], UUID | None]
+
+
+def machine_uuid() -> UUID | None:
+    """The SMBIOS UUID of this machine, which QEMU makes the VM's; None when there is none, or not for us to read."""
+    try:
+        return UUID(PRODUCT_UUID.read_text().strip())
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass
+class ConversionPlan:
+    """What was found. ``provider`` is where the new KEK comes from; empty when none is needed or none is there.
+
+    ``deks`` are the keys of the disks as they are, which whoever has the plan wipes.
+    """
+
+    findings: list[Finding]
+    provider: str = ""
+    deks: dict[UUID, Secret] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> bool:
+        """Whether an error was found."""
+        return any(finding.severity == "error" for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What it takes to plan a conversion. ``machine`` tells this machine's own SMBIOS UUID."""
+
+    inventory: Inventory
+    providers: Providers
+    machine: MachineUuid
+
+    async def plan(
+        self, kind: ConversionKind, vm: VmRow, host: HostRow, provider: str | None, *, is_new: bool
+    ) -> ConversionPlan:
+        """Every check that can be made without changing anything. ``is_new``: the host does not have the VM yet.
+
+        Raises HostUnreachable and what else a host answers: of one that does not answer nothing can be found.
+        """
+        link = self.inventory.link(host)
+        config = CONFIG.validate_python(vm.config)
+        capabilities, status, images = await asyncio.gather(
+            link.capabilities(), _status(link, vm), link.look_at_disks(config.disks)
+        )
+        facts = ConversionFacts(
+            vm_name=vm.name,
+            host_name=host.name,
+            kind=kind,
+            config=config,
+            encrypted=vm.encrypted,
+            state=VmState.STOPPED if is_new else status.state if status else None,
+            images=tuple(images),
+            host=capabilities,
+            runs_controller=self.machine() == vm.uuid,
+        )
+        plan = ConversionPlan(check_conversion(facts))
+        if vm.encrypted:
+            await self._open_old(plan, vm, host, status)
+        if kind is not ConversionKind.DECRYPT:
+            await self._find_new(plan, vm, provider)
+        plan.findings.sort(key=lambda finding: finding.severity != "error")
+        return plan
+
+    async def _open_old(self, plan: ConversionPlan, vm: VmRow, host: HostRow, status: VmStatus | None) -> None:
+        keys = self.inventory.keys
+        try:
+            if status is not None:
+                await keys.require_own_file(vm, host.name, status)
+            plan.deks, _ = await keys.deks(vm)
+        except SealiftError as error:
+            plan.findings.append(as_finding(error))
+
+    async def _find_new(self, plan: ConversionPlan, vm: VmRow, provider: str | None) -> None:
+        """Where the new KEK is to come from, and whether it could be made there just now."""
+        try:
+            plan.provider = provider or vm.provider or await self.providers.default()
+            await self.providers.require_usable(plan.provider)
+        except SealiftError as error:
+            plan.findings.append(as_finding(error))
+            return
+        health = await self.providers.probe(plan.provider)
+        if not health.ok:
+            text = f"key provider {plan.provider} cannot be reached: {health.message}"
+            plan.findings.append(Finding("error", text, f"see `sealift key-provider test {plan.provider}`"))
+
+
+def as_finding(error: SealiftError) -> Finding:
+    """An error that stands against a plan."""
+    return Finding("error", error.what, error.todo)
+
+
+async def _status(link: AgentLink, vm: VmRow) -> VmStatus | None:
+    with suppress(NotFound):
+        return await link.vm(vm.uuid)
+    return None

@@ -1,0 +1,159 @@
+"""Keeping encrypted VMs ready: hosts that lost the keys of their VMs get them again, VMs lock and unlock by themselves.
+
+A host has keys in memory only, so after a restart of its agent it has none. Every few seconds, and at once when a key
+provider came or went, each encrypted VM is looked at. A KEK is asked for only where a host lacks keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import structlog
+from sqlalchemy import select
+
+from sealift.controller.events import EventLog, Happening
+from sealift.controller.inventory import Inventory
+from sealift.controller.models import HostRow, VmRow
+from sealift.controller.providers import Providers
+from sealift.controller.unlocking import tell_tampered
+from sealift.controller.vm_keys import VmKeys, file_on_host, holds_all
+from sealift.domain.deks import wipe
+from sealift.domain.vm import VmState, VmStatus
+from sealift.errors import EncryptionError, SealiftError
+from sealift.keys.bundle import Verdict
+
+log = structlog.get_logger("sealift.keeper")
+
+AT_ONCE = 8
+"""How many VMs are looked at at the same time."""
+
+RUNS = frozenset({VmState.RUNNING, VmState.PAUSED, VmState.INCOMING, VmState.MIGRATED})
+"""States in which a QEMU may have the keys, whatever the agent has: the VM is not locked."""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    vm: VmRow
+    host: HostRow
+    status: VmStatus
+
+
+class Keeper:
+    """The keeper of one controller: ``start`` and ``stop`` it. ``look`` is one round."""
+
+    def __init__(self, events: EventLog, inventory: Inventory, providers: Providers, *, every_s: float) -> None:
+        self._events, self._inventory, self._providers, self._every_s = events, inventory, providers, every_s
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def _keys(self) -> VmKeys:
+        return self._inventory.keys
+
+    def start(self) -> None:
+        """Look again and again from now on."""
+        self._task = asyncio.create_task(self._run(), name="keeper")
+
+    async def stop(self) -> None:
+        """Look no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            changed = self._providers.changed  # taken before the look, so that nothing slips in between
+            try:
+                await self.look()
+            except Exception:
+                log.exception("the keeper met something unexpected")
+            try:
+                async with asyncio.timeout(self._every_s):
+                    await changed.wait()
+            except TimeoutError:
+                continue
+
+    async def look(self) -> None:
+        """Look at every encrypted VM once."""
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def one(placed: _Placed) -> None:
+            async with room:
+                await self._keep(placed)
+
+        await asyncio.gather(*(one(placed) for placed in await self._placed()))
+
+    async def _placed(self) -> Sequence[_Placed]:
+        """Every encrypted VM whose host answers and knows it."""
+        async with self._events.reading() as session:
+            rows = list(await session.scalars(select(VmRow).where(VmRow.encrypted).order_by(VmRow.name)))
+            hosts = {row.id: row for row in await session.scalars(select(HostRow))} if rows else {}
+        wanted = list({row.host for row in rows})
+        answers = await asyncio.gather(*(self._vms_of(hosts[host]) for host in wanted))
+        known = dict(zip(wanted, answers, strict=True))
+        return [_Placed(row, hosts[row.host], known[row.host][row.uuid]) for row in rows if row.uuid in known[row.host]]
+
+    async def _vms_of(self, host: HostRow) -> dict[UUID, VmStatus]:
+        try:
+            return {status.uuid: status for status in await self._inventory.link(host).vms()}
+        except SealiftError:
+            return {}  # nothing is known of its VMs, so nothing is said of them
+
+    async def _keep(self, placed: _Placed) -> None:
+        vm, status = placed.vm, placed.status
+        runs = status.state in RUNS
+        try:
+            file = await self._keys.judge(vm, file_on_host(status))
+            if file.verdict not in (Verdict.OK, Verdict.LOCKED):
+                await tell_tampered(self._keys, self._events, vm, placed.host.name, file)
+            if not holds_all(vm, status) and not await self._hand_out(placed):
+                return  # an order came in between; the next round sees what it left
+        except EncryptionError as error:
+            if runs:
+                # It goes on with the keys that its QEMU has; only moving it back here would need more.
+                self._keys.notes[vm.uuid] = f"host {placed.host.name} has lost its keys: {error.what}"
+            else:
+                await self._lock(vm, error)
+            return
+        except SealiftError as error:
+            log.info("keys could not be handed out", vm=vm.name, host=placed.host.name, error=str(error))
+            return
+        self._keys.notes.pop(vm.uuid, None)
+        if vm.lock_reason:
+            await self._unlock(placed)
+
+    async def _hand_out(self, placed: _Placed) -> bool:
+        vm = placed.vm
+        deks, _ = await self._keys.deks(vm)
+        try:
+            async with self._inventory.between_orders(vm) as same:
+                if same:
+                    await self._inventory.link(placed.host).put_keys(vm.uuid, vm.fence, deks)
+                    log.info("keys were handed out", vm=vm.name, host=placed.host.name)
+                return same
+        finally:
+            wipe(deks)
+
+    async def _lock(self, vm: VmRow, error: SealiftError) -> None:
+        if vm.lock_reason == error.what:
+            return
+        async with self._events.transaction() as session:
+            row = await session.get(VmRow, vm.uuid)
+            if row is None or not row.encrypted:
+                return
+            if not row.lock_reason:
+                host = await session.get_one(HostRow, row.host)
+                happening = Happening("vm.locked", error.what, host=host.name, vm=row.name, slug=error.slug)
+                self._events.add(session, happening)
+            row.lock_reason = error.what
+
+    async def _unlock(self, placed: _Placed) -> None:
+        async with self._events.transaction() as session:
+            row = await session.get(VmRow, placed.vm.uuid)
+            if row is None or not row.lock_reason:
+                return
+            row.lock_reason = ""
+            text = f"VM {row.name} is unlocked: host {placed.host.name} holds its keys"
+            self._events.add(session, Happening("vm.unlocked", text, host=placed.host.name, vm=row.name))

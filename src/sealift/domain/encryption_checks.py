@@ -1,0 +1,185 @@
+"""What stands against encrypting, decrypting or deep-rekeying a VM's disks: all of it at once (promise P7). Pure.
+
+A conversion is a full copy beside each old image, which stays until the copy was verified. So there must be room for
+both, and nothing else may refer to the old image or live in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from sealift.domain.checks import Finding
+from sealift.domain.conversion import ConversionKind, DiskFacts
+from sealift.domain.host import HostCapabilities
+from sealift.domain.vm import Disk, VmConfig, VmState
+
+LUKS_ROOM_BYTES = 4 << 20
+"""For a LUKS header (QEMU writes 2 MiB for one with AES-256-XTS) and a little metadata; also that of an empty image."""
+
+
+@dataclass(frozen=True)
+class ConversionFacts:
+    """What was seen for one planned conversion.
+
+    ``config`` is the VM's configuration as it is, ``images`` what its host says of each of its disks, in their order.
+    ``state`` is None when the host does not know the VM. ``runs_controller``: this controller was found to run in it.
+    """
+
+    vm_name: str
+    host_name: str
+    kind: ConversionKind
+    config: VmConfig
+    encrypted: bool
+    state: VmState | None
+    images: tuple[DiskFacts, ...]
+    host: HostCapabilities
+    runs_controller: bool
+
+
+def check_conversion(facts: ConversionFacts) -> list[Finding]:
+    """Every finding about a conversion, errors first."""
+    found = [*_vm(facts), *_guard(facts)]
+    for disk, image in zip(facts.config.disks, facts.images, strict=True):
+        found += _image(facts, disk, image)
+    found += [*_room(facts), *_datastores(facts), *_speed(facts), *_remains(facts)]
+    return sorted(found, key=lambda finding: finding.severity != "error")
+
+
+def _error(text: str, todo: str) -> Finding:
+    return Finding("error", text, todo)
+
+
+def _warning(text: str, todo: str) -> Finding:
+    return Finding("warning", text, todo)
+
+
+def _vm(facts: ConversionFacts) -> Iterable[Finding]:
+    name, kind = facts.vm_name, facts.kind
+    if kind is ConversionKind.ENCRYPT and facts.encrypted:
+        yield _error(f"VM {name} is encrypted already", f"`sealift vm rekey {name}` gives it new keys")
+    if kind is not ConversionKind.ENCRYPT and not facts.encrypted:
+        yield _error(f"VM {name} is not encrypted", f"`sealift vm encrypt {name}` encrypts it")
+    if facts.state is None:
+        yield _error(f"host {facts.host_name} does not know VM {name}", "define it there again")
+    elif facts.state not in (VmState.STOPPED, VmState.CRASHED):
+        yield _error(
+            f"VM {name} is {facts.state.value}; the disks of a stopped VM only can be copied",
+            f"`sealift vm stop {name}` first",
+        )
+    if not facts.config.disks:
+        yield _error(f"VM {name} has no disk, so there is nothing to encrypt", "give it a disk")
+
+
+def _guard(facts: ConversionFacts) -> Iterable[Finding]:
+    if facts.kind is not ConversionKind.ENCRYPT:
+        return
+    todo = "leave it in clear, or encrypt the datastore below it"
+    if facts.config.role == "controller":
+        yield _error(
+            f'VM {facts.vm_name} has role = "controller": encrypted, the controller in it could not unlock itself', todo
+        )
+    elif facts.runs_controller:
+        yield _error(
+            f"VM {facts.vm_name} runs this very controller (its uuid is this machine's), which could not unlock itself",
+            todo,
+        )
+
+
+def _image(facts: ConversionFacts, disk: Disk, image: DiskFacts) -> Iterable[Finding]:
+    where = f"disk {disk.path} of VM {facts.vm_name}"
+    if image.error:
+        yield _error(
+            f"host {facts.host_name} cannot look at {where}: {image.error}", "see that the agent can read and write it"
+        )
+        return
+    if not image.exists:
+        if facts.kind is not ConversionKind.ENCRYPT or not disk.size_bytes:
+            yield _error(
+                f"{where} is not there on host {facts.host_name}", "put it back, or give it a size to have it made"
+            )
+        return
+    if image.block_device:
+        yield _error(
+            f"{where} is a block device; there is nowhere to put its copy beside it",
+            "copy it to an image file, or encrypt the device below it",
+        )
+    if image.snapshots:
+        yield _error(
+            f"{where} has {image.snapshots} internal snapshots, which a copy would lose",
+            "delete them with `qemu-img snapshot -d`, or keep them in a copy of the image",
+        )
+    if image.backing:
+        yield _error(
+            f"{where} refers to another file, which would stay as it is",
+            "merge both into one image with `qemu-img convert`",
+        )
+
+
+def needed_bytes(kind: ConversionKind, disk: Disk, image: DiskFacts) -> int:
+    """What a new image may occupy beside the old one, at most.
+
+    Within qcow2 only what was ever written is copied. A raw image has no map: as LUKS every block of it is written,
+    and decrypted it may have no holes.
+    """
+    if not image.exists:
+        return LUKS_ROOM_BYTES if disk.size_bytes else 0
+    if disk.format == "qcow2":
+        return image.file_bytes + LUKS_ROOM_BYTES
+    return image.virtual_bytes + (0 if kind is ConversionKind.DECRYPT else LUKS_ROOM_BYTES)
+
+
+def _room(facts: ConversionFacts) -> Iterable[Finding]:
+    """Images on one file system share its room. Two directories that cannot be told apart count as one."""
+    needed: dict[tuple[str, int], int] = {}
+    places: dict[tuple[str, int], str] = {}
+    for disk, image in zip(facts.config.disks, facts.images, strict=True):
+        if image.error or image.block_device:
+            continue
+        directory = str(PurePosixPath(disk.path).parent)
+        known = (place for place, first in places.items() if first == directory)
+        place = next(known, (image.filesystem, image.free_bytes))
+        places.setdefault(place, directory)
+        needed[place] = needed.get(place, 0) + needed_bytes(facts.kind, disk, image)
+    for (filesystem, free), wanted in needed.items():
+        if wanted > free:
+            yield _error(
+                f"{places[filesystem, free]} on host {facts.host_name} has {_mib(free)} free; "
+                f"the new images may need {_mib(wanted)} beside the old ones",
+                "make room there; the old images go only when the new ones were verified",
+            )
+
+
+def _datastores(facts: ConversionFacts) -> Iterable[Finding]:
+    if facts.kind is ConversionKind.DECRYPT:
+        return
+    for disk, image in zip(facts.config.disks, facts.images, strict=True):
+        if image.shrinks:
+            yield _warning(
+                f"disk {disk.path} lies on {image.filesystem}, which compresses or deduplicates; "
+                "encrypted data does not shrink",
+                "expect it to occupy its full size; encrypt below that datastore instead if room is short",
+            )
+
+
+def _speed(facts: ConversionFacts) -> Iterable[Finding]:
+    if facts.kind is not ConversionKind.DECRYPT and not facts.host.aes_instructions:
+        yield _warning(
+            f"host {facts.host_name} has no AES instructions ({facts.host.aes_gcm_gb_per_s:.2f} GB/s of AES-256-GCM "
+            "measured); encrypted disks will be slow there",
+            "expect it, or move the VM to another host first",
+        )
+
+
+def _remains(facts: ConversionFacts) -> Iterable[Finding]:
+    if facts.kind is ConversionKind.ENCRYPT and any(image.exists for image in facts.images):
+        yield _warning(
+            f"what VM {facts.vm_name} has stored so far was in clear; on SSDs and copy-on-write storage the remains of "
+            "the old image cannot be erased for sure",
+            "treat that storage, its snapshots and its backups as holding the VM in clear until they are destroyed",
+        )
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes >> 20} MiB"
