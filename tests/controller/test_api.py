@@ -19,14 +19,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from doubles.agent import FakeAgent, line, two_hosts
-from sealift.api.app import MAX_BODY_BYTES, create_app
+from sealift.api.app import MAX_BODY_BYTES
 from sealift.api.schemas import Event, Host, Joined, JoinToken, Migration, Problem, Vm, WhoAmI
-from sealift.controller.services import Services, open_services
+from sealift.controller.services import open_services
 from sealift.domain.move import MoveState
 from sealift.domain.token import parse_token
+from support.api import ApiClient, an_admin_of
 from support.controllers import FAST, make_state
 from support.moves import LIMIT_S
-from support.serving import serving
 
 TOML = """
 name = "vm1"
@@ -36,25 +36,11 @@ memory = "64MiB"
 
 
 @dataclass
-class Api:
-    """A client of the API."""
+class Api(ApiClient):
+    """A client of the API of a controller with hosts a and b."""
 
-    services: Services
-    client: httpx2.AsyncClient
     a: FakeAgent
     b: FakeAgent
-
-    async def call(self, method: str, path: str, body: object = None, *, status: int = 200) -> httpx2.Response:
-        """A request that ends with ``status``."""
-        response = await self.client.request(method, f"/api/v1/{path}", json=body)
-        assert response.status_code == status, response.text
-        if status >= 400:
-            assert response.headers["content-type"] == "application/problem+json"
-        return response
-
-    async def problem(self, method: str, path: str, body: object = None, *, status: int) -> Problem:
-        """A request that is refused."""
-        return Problem.model_validate_json((await self.call(method, path, body, status=status)).content)
 
     async def running_vm(self) -> None:
         """vm1, defined and started at host a in the ordinary way."""
@@ -79,14 +65,8 @@ class Api:
 async def an_api(tmp_path: Path) -> AsyncIterator[Api]:
     """A controller with hosts a and b, its server, and a client with an admin's token."""
     services = await open_services(make_state(tmp_path), pace=FAST)
-    context = services.authority.server_context(services.settings.addresses)
-    trust = ssl.create_default_context(cadata=services.authority.controllers.pem)
-    token = await services.access.new_admin_token("ann")
-    headers = {"authorization": f"Bearer {token.text()}"}
-    async with two_hosts(services, tmp_path) as (a, b), serving(create_app(services), context) as port:
-        url = f"https://127.0.0.1:{port}"
-        async with httpx2.AsyncClient(base_url=url, verify=trust, headers=headers, trust_env=False) as client:
-            yield Api(services, client, a, b)
+    async with two_hosts(services, tmp_path) as (a, b), an_admin_of(services) as client:
+        yield Api(services, client, a, b)
 
 
 def with_api(tmp_path: Path, story: Callable[[Api], Awaitable[None]]) -> None:

@@ -227,7 +227,8 @@ class Providers:
     async def export(self, name: str, passphrase: Secret | None, *, asked_by: str) -> tuple[str, Secret | None]:
         """A native provider as a file sealed under ``passphrase``, or under words that are drawn and answered too.
 
-        It counts only once it was read back (``confirm_export``). Raises NotFound, Conflict, PassphraseWeak.
+        It counts only once it was read back (``confirm_export``). The age library keeps the interpreter to itself for
+        the second that stretching a passphrase takes, here and below. Raises NotFound, Conflict, PassphraseWeak.
         """
         native = await self._native(name)
         words = None

@@ -30,6 +30,9 @@ from sealift.secret import Secret
 
 router = APIRouter(prefix="/api/v1/key-providers", tags=["key providers"])
 
+MAX_SECRET = 65536
+"""Bytes of a passphrase or a private key in PEM."""
+
 
 @router.post("", status_code=201)
 async def add(controller: Controller, name: Caller, body: KeyProviderAdd) -> KeyProviderAdded:
@@ -125,9 +128,12 @@ async def confirm_export(controller: Controller, name: Caller, provider: str, bo
 
 
 def _secret(text: SecretStr) -> Secret:
-    raw = text.get_secret_value().encode()
-    if not 1 <= len(raw) <= 65536:
-        raise InvalidInput("a passphrase or key is empty or too long")
+    try:
+        raw = text.get_secret_value().encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can write; the error would quote it
+        raw = b""
+    if not 1 <= len(raw) <= MAX_SECRET:
+        raise InvalidInput("a passphrase or key is empty, too long, or no text")
     return Secret(raw, length=len(raw))
 
 
