@@ -6,13 +6,12 @@ import asyncio
 import re
 import sqlite3
 import stat
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
-from sealift.controller.provider_ask import ProviderAsk, check_ask, check_member
+from sealift.controller.provider_ask import ProviderAsk
 from sealift.demo.kmip import KmipServers, ServerAuthority
 from sealift.errors import (
     AlreadyExists,
@@ -28,17 +27,7 @@ from sealift.keys.native import NativeProvider
 from sealift.secret import Secret
 from support.age import cheap_export
 from support.ports import free_port
-from support.registries import Registry, a_registry
-
-
-def with_registry(tmp_path: Path, story: Callable[[Registry], Awaitable[None]]) -> None:
-    """Run a story with a registry of its own."""
-
-    async def main() -> None:
-        async with a_registry(tmp_path) as registry:
-            await story(registry)
-
-    asyncio.run(main())
+from support.registries import Registry, a_registry, with_registry
 
 
 def secret(text: str) -> Secret:
@@ -48,105 +37,6 @@ def secret(text: str) -> Secret:
 CA = ServerAuthority()
 STEPS = ("create", "activate", "get", "destroy")
 GOOD = ProviderAsk("kms", "kmip", ("kms1.example.net:5696",), CA.pem)
-
-# What is asked
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"members": ()},
-        {"members": tuple(f"kms{number}:5696" for number in range(17))},
-        {"members": ("kms1:5696", "KMS1:5696")},
-        {"members": ("kms1",)},
-        {"server_authority": ""},
-        {"client": "uploaded"},
-        {"client": "uploaded", "client_certificate": CA.pem},
-        {"client": "uploaded", "client_key": secret("key")},
-        {"client": "uploaded", "client_certificate": "-----BEGIN PRIVATE KEY-----", "client_key": secret("key")},
-        {"client_certificate": CA.pem},
-        {"client": "csr", "client_key": secret("key")},
-        {"kind": "native"},
-        {"kind": "native", "members": ()},
-        {"kind": "native", "members": (), "server_authority": "", "client": "csr"},
-    ],
-    ids=lambda change: "-".join(f"{key}={str(value)[:12]}" for key, value in change.items()),
-)
-def test_an_ask_that_contradicts_itself_is_refused(change: dict[str, object]) -> None:
-    check_ask(GOOD)
-    with pytest.raises(InvalidInput) as refused:
-        check_ask(ProviderAsk(**{**vars(GOOD), **change}))  # type: ignore[arg-type]
-    assert refused.value.todo
-
-
-@pytest.mark.parametrize(
-    "text", ["kms:5696", "kms-1.example.net:1", "10.0.0.1:65535", "[::1]:5696", "[2001:db8::17]:5696", "a_b:80"]
-)
-def test_an_address_of_a_key_server(text: str) -> None:
-    check_member(text)
-
-
-NO_ADDRESSES = """
-kms kms: :5696 kms:0 kms:65536 kms:+5 kms:\u0665 ::1:5696 [::1:5696 [kms]:5696 [::1] -kms:5696 kms/x:1 kms:5696:1
-"""
-ODD_ADDRESSES = ["", ":", "kms:5 6", "k ms:5696", "kms\n:5696", "kms:5696\n", "kms:" + "9" * 5000, "a" * 254 + ":1"]
-
-
-@pytest.mark.parametrize("text", [*NO_ADDRESSES.split(), *ODD_ADDRESSES])
-def test_no_address_of_a_key_server(text: str) -> None:
-    with pytest.raises(InvalidInput, match="address of a key server is not valid"):
-        check_member(text)
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".aside-1", "a b", "a\n", "ä", "-x", "x" * 64, "a\0"])
-def test_odd_names_are_refused_everywhere(name: str, tmp_path: Path) -> None:
-    async def story(registry: Registry) -> None:
-        providers, words = registry.providers, secret("correct horse battery")
-        for refused in (
-            providers.add(ProviderAsk(name, "native"), asked_by="ann"),
-            providers.show(name),
-            providers.open(name),
-            providers.test(name, asked_by="ann"),
-            providers.set_default(name, asked_by="ann"),
-            providers.export(name, None, asked_by="ann"),
-            providers.confirm_export(name, "", words, asked_by="ann"),
-            providers.accept_certificate(name, "", asked_by="ann"),
-            providers.require_usable(name),
-            providers.remove(name, force=True, asked_by="ann"),
-        ):
-            with pytest.raises(InvalidInput):
-                await refused
-        assert registry.files() == set()
-        assert await registry.happened() == []
-
-    with_registry(tmp_path, story)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"server_authority": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"},
-        {"client": "uploaded", "client_certificate": CA.pem, "client_key": secret("no key")},
-        {"client": "uploaded", "client_certificate": "none", "client_key": secret("no key")},
-    ],
-    ids=["authority", "key", "certificate"],
-)
-def test_a_bad_ask_changes_nothing(change: dict[str, object], tmp_path: Path) -> None:
-    async def story(registry: Registry) -> None:
-        await registry.add("home")
-        before = await registry.happened()
-        with pytest.raises(InvalidInput):
-            await registry.providers.add(
-                ProviderAsk(**{**vars(GOOD), **change}),  # type: ignore[arg-type]
-                asked_by="ann",
-            )
-        assert registry.files() == {"home"}
-        assert [each.row.name for each in await registry.providers.list()] == ["home"]
-        assert len(await registry.happened()) == len(before)
-        await registry.providers.add(ProviderAsk("kms", "native"), asked_by="ann")  # the name is still to be had
-
-    with_registry(tmp_path, story)
-
 
 # Defaults
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -68,3 +69,13 @@ async def a_registry(directory: Path) -> AsyncIterator[Registry]:
     finally:
         await providers.close()
         await store.close()
+
+
+def with_registry(directory: Path, story: Callable[[Registry], Awaitable[None]]) -> None:
+    """Run a story with a registry of its own."""
+
+    async def main() -> None:
+        async with a_registry(directory) as registry:
+            await story(registry)
+
+    asyncio.run(main())
