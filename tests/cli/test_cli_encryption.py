@@ -1,0 +1,306 @@
+"""Encrypting, decrypting and rekeying on the command line; the controller is real, its hosts play what is written."""
+
+import dataclasses
+import json
+import re
+import sqlite3
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from doubles.vault import failing, straight, stuck
+from sealift.domain.conversion import DiskFacts
+from sealift.errors import Conflict
+from support.command_line import CommandLine
+from support.deployment import Deployment, a_deployment
+from support.terminal import terminal
+
+DISK = "/srv/web.raw"
+VM = f'name = "web"\nvcpus = 1\nmemory = "512MiB"\n[[disks]]\npath = "{DISK}"\nformat = "raw"\n'
+PLAIN_DISK = DiskFacts("", True, 1 << 30, 1 << 30, 8 << 30, "ext4")
+
+
+@pytest.fixture(scope="module")
+def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # it would print amid what commands print
+    with a_deployment(tmp_path_factory.mktemp("deployment")) as made:
+        yield made
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def deployment(controller: Deployment, sealift: CommandLine) -> Iterator[Deployment]:
+    """Somebody is logged in to it, provider safe is the default, and there is no VM."""
+    assert sealift("login", controller.url, "--token", "-", stdin=controller.token).exit_code == 0
+    if not sealift.json("key-provider", "list"):
+        add_provider(controller, sealift, "safe")
+    controller.a.vault.script = straight
+    controller.a.vault.refuse = None
+    controller.a.vault.images.clear()
+    yield controller
+    for one in sealift.json("vm", "list"):
+        if one["conversion"]:
+            sealift("conversion", "cancel", one["conversion"])
+            sealift("conversion", "watch", one["conversion"])
+        sealift("vm", "stop", one["name"], "--force")
+        sealift("vm", "delete", one["name"], "--force")
+    assert sealift.json("vm", "list") == []
+
+
+def add_provider(deployment: Deployment, sealift: CommandLine, name: str) -> None:
+    """A native provider that counts as exported, without the second that a passphrase's stretching takes."""
+    sealift.says("key-provider", "add", name, "--kind", "native")
+    with sqlite3.connect(deployment.state / "controller.db") as database:
+        database.execute("UPDATE key_providers SET exported_at = 1 WHERE name = ?", (name,))
+    database.close()
+
+
+@pytest.fixture
+def vm(deployment: Deployment, sealift: CommandLine) -> str:
+    """A VM in clear on host a."""
+    made = sealift("vm", "create", "-", "--host", "a", stdin=VM)
+    assert made.exit_code == 0, made.output
+    return "web"
+
+
+@pytest.fixture
+def encrypted(vm: str, sealift: CommandLine) -> str:
+    sealift.says("vm", "encrypt", vm)
+    return vm
+
+
+def test_a_vm_is_encrypted_and_everything_says_so(vm: str, sealift: CommandLine) -> None:
+    assert sealift.says("vm", "list").splitlines()[1].split()[:3] == ["web", "stopped", "no"]
+    said = sealift.says("vm", "encrypt", vm)
+    assert re.search(r"VM web on a is encrypted under key \S+ of key provider safe, 0\.98 KiB in ", said)
+    assert "always moved sealed" in said
+    assert re.search(r"warning: what VM web has stored so far was in clear.*\n    -> ", said)
+    assert re.search(r"^ +[0-9.]+ s  done$", said, re.MULTILINE)
+    assert sealift.says("vm", "list").splitlines()[1].split()[:3] == ["web", "stopped", "ok"]
+    shown = sealift.says("vm", "show", vm)
+    for pattern in (
+        r"encryption +ok\n",
+        r"key provider +safe\n",
+        r"key id +\S+\n",
+        r"cipher +AES-256-GCM\n",
+        r"generation +1\n",
+        r"migrate encryption +required \(was opportunistic before encryption\)\n",
+    ):
+        assert re.search(pattern, shown), (pattern, shown)
+    assert "sealed" in sealift.fails(4, "vm", "set", vm, "--migrate-encryption", "disabled")
+
+
+def test_its_conversion_has_a_record(encrypted: str, sealift: CommandLine) -> None:
+    listed = sealift.json("conversion", "list")[0]
+    titles, row, *_ = sealift.says("conversion", "list").splitlines()
+    assert titles.split()[:5] == ["ID", "VM", "HOST", "KIND", "STATE"]
+    assert row.split()[:9] == [listed["id"][:8], "web", "a", "encrypt", "done", "100", "%", "of", "0.98"]
+    shown = sealift.says("conversion", "show", listed["id"][:13])
+    assert re.search(r"key provider +safe\n", shown)
+    assert re.search(r"asked for by +ada\n", shown)
+    assert "was in clear" in shown
+    assert "sealift: " in sealift.fails(4, "conversion", "show", "zz")
+    assert "is in state done" in sealift.fails(4, "conversion", "cancel", listed["id"])
+
+
+def test_after_decryption_the_setting_stays(encrypted: str, sealift: CommandLine) -> None:
+    said = sealift.says("vm", "decrypt", encrypted)
+    assert "VM web on a is decrypted, its disks are in clear" in said
+    assert "sealift vm set web --migrate-encryption" in said
+    assert "required (was opportunistic before encryption)" in sealift.says("vm", "show", encrypted)
+    assert sealift.says("vm", "list").splitlines()[1].split()[2] == "no"
+    assert "migrate encryption opportunistic." in sealift.says(
+        "vm", "set", "web", "--migrate-encryption", "opportunistic"
+    )
+
+
+def test_what_stands_against_it_is_all_said(vm: str, deployment: Deployment, sealift: CommandLine) -> None:
+    ordered = len(deployment.a.vault.orders)
+    deployment.a.vault.images[DISK] = dataclasses.replace(PLAIN_DISK, snapshots=2, free_bytes=1 << 20)
+    said = sealift.fails(3, "vm", "encrypt", vm)
+    assert "2 internal snapshots" in said
+    assert "has 1 MiB free" in said
+    planned = sealift("vm", "encrypt", vm, "--dry-run")
+    assert planned.exit_code == 3
+    assert "error: disk /srv/web.raw of VM web has 2 internal snapshots" in planned.stdout
+    assert "VM web would not be encrypted" in planned.stderr
+    told = json.loads(sealift.fails(3, "vm", "encrypt", vm, "--json"))
+    assert told["slug"] == "plan_refused"
+    assert len([found for found in told["findings"] if found["severity"] == "error"]) == 2
+    assert len(deployment.a.vault.orders) == ordered
+
+
+def test_a_dry_run_changes_nothing(vm: str, deployment: Deployment, sealift: CommandLine) -> None:
+    said = sealift.says("vm", "encrypt", vm, "--dry-run")
+    assert "It would be encrypted" in said
+    assert "warning: what VM web has stored so far was in clear" in said
+    assert sealift.json("vm", "encrypt", vm, "--dry-run")["state"] == "planned"
+    assert sealift.json("vm", "show", vm)["encrypted"] is False
+
+
+def test_a_failure_says_that_the_vm_is_as_it_was(vm: str, deployment: Deployment, sealift: CommandLine) -> None:
+    deployment.a.vault.script = failing()
+    said = sealift.fails(7, "vm", "encrypt", vm)
+    assert "VM web on a was not encrypted: a: there is no room" in said
+    assert "\n  -> make room" in said
+    assert sealift.json("vm", "show", vm)["encrypted"] is False
+
+
+def test_a_shallow_rekey_names_the_old_key_while_the_vm_runs(encrypted: str, sealift: CommandLine) -> None:
+    old = sealift.json("vm", "show", encrypted)["encryption"]["key_id"]
+    sealift.says("vm", "start", encrypted)
+    said = sealift.says("vm", "rekey", encrypted)
+    assert re.search(r"VM web on a has a new key: key \S+ of key provider safe\.", said)
+    assert f"Old copies of its configuration file are still opened by key {old} of key provider safe." in said
+    assert "`sealift vm rekey --deep web`" in said
+    told = sealift.json("vm", "rekey", encrypted)
+    assert (told["state"], told["deep"]) == ("done", False)
+    assert sealift.json("vm", "show", encrypted)["encryption"]["key_id"] == told["key_id"]
+
+
+def test_a_deep_rekey_begun_is_watched_later(encrypted: str, deployment: Deployment, sealift: CommandLine) -> None:
+    deployment.a.vault.script = stuck()
+    begun = sealift("vm", "rekey", encrypted, "--deep", "--verify", "full", "--detach")
+    assert begun.exit_code == 0, begun.output
+    short = re.search(r"`sealift conversion watch ([0-9a-f]{8})`", begun.stdout)
+    assert short
+    assert sealift.says("vm", "list").splitlines()[1].split()[2] == "converting"
+    assert re.search(r"conversion +deep rekey, copying, ", sealift.says("vm", "show", encrypted))
+    assert deployment.a.vault.orders[-1][0].verify == "full"
+    (conversion,) = deployment.a.vault.conversions.values()
+    conversion.script = straight(conversion.order)
+    said = sealift.says("conversion", "watch", short[1])
+    assert "VM web on a has new disk keys" in said
+    assert "Copies of the old images" in said
+
+
+def test_all_vms_of_a_provider_are_moved_to_another(
+    encrypted: str, deployment: Deployment, sealift: CommandLine
+) -> None:
+    assert sealift("vm", "create", "-", "--host", "a", "--encrypt", stdin=VM.replace("web", "mail")).exit_code == 0
+    add_provider(deployment, sealift, "attic")
+    deployment.a.vault.refuse = Conflict("the host will not", todo="ask it why")
+    result = sealift("vm", "rekey", "--from", "safe", "--to", "attic")
+    assert result.exit_code == 7
+    titles, *rows = result.stdout.splitlines()
+    assert titles.split() == ["VM", "RESULT", "OLD", "KEY", "NEW", "KEY", "MESSAGE"]
+    assert [row.split()[:3] for row in rows[:2]] == [["mail", "FAILED", "[conflict]"], ["web", "FAILED", "[conflict]"]]
+    assert "  -> ask it why" in rows
+    assert "2 of 2 VMs were not rekeyed" in result.stderr
+    deployment.a.vault.refuse = None
+    said = sealift.says("vm", "rekey", "--from", "safe", "--to", "attic")
+    assert [row.split()[:2] for row in said.splitlines()[1:3]] == [["mail", "rekeyed"], ["web", "rekeyed"]]
+    assert "Leave safe in place" in said
+    assert sealift.json("vm", "rekey", "--from", "safe", "--to", "attic") == []
+    assert {one["name"]: len(one["vms"]) for one in sealift.json("key-provider", "list")} == {"attic": 2, "safe": 0}
+    for one in ("mail", "web"):
+        sealift.says("vm", "rekey", one, "--provider", "safe")
+    sealift.says("key-provider", "remove", "attic")
+
+
+def test_a_vm_is_made_encrypted(deployment: Deployment, sealift: CommandLine) -> None:
+    made = sealift("vm", "create", "-", "--host", "a", "--encrypt", "--provider", "safe", stdin=VM)
+    assert made.exit_code == 0, made.output
+    assert "is encrypted under key" in made.stdout
+    assert made.stdout.splitlines()[-1] == "VM web is defined on a; `sealift vm start web` starts it."
+    sealift.says("vm", "start", "web")
+    told = sealift("vm", "create", "-", "--host", "a", "--encrypt", "--json", stdin=VM.replace("web", "mail"))
+    assert json.loads(told.stdout)["encryption"]["state"] == "ok"
+
+
+def test_a_vm_whose_encryption_fails_is_not_kept(deployment: Deployment, sealift: CommandLine) -> None:
+    deployment.a.vault.script = failing()
+    made = sealift("vm", "create", "-", "--host", "a", "--encrypt", stdin=VM)
+    assert made.exit_code == 7
+    assert "VM web on a was not created: a: there is no room" in made.stderr
+    assert sealift.json("vm", "list") == []
+    deployment.a.vault.images[DISK] = dataclasses.replace(PLAIN_DISK, backing=True)
+    refused = sealift("vm", "create", "-", "--host", "a", "--encrypt", stdin=VM)
+    assert refused.exit_code == 3
+    assert "refers to another file" in refused.stderr
+    assert sealift.json("vm", "list") == []
+
+
+def test_a_vm_whose_provider_is_gone_locks_and_says_why(
+    encrypted: str, deployment: Deployment, sealift: CommandLine
+) -> None:
+    add_provider(deployment, sealift, "attic")
+    sealift.says("vm", "rekey", encrypted, "--provider", "attic")
+    assert "web" in sealift.fails(4, "key-provider", "remove", "attic")
+    deployment.a.vault.restart()
+    with terminal(sealift, "events", "--follow") as shown:
+        shown.until(r"vm\.rekeyed.*attic")
+        said = sealift.says("key-provider", "remove", "attic", "--force")
+        assert "These VMs are locked from now on: web." in said
+        shown.until(r"vm\.locked.*attic")
+    found = sealift.json("vm", "show", encrypted)["encryption"]
+    row = sealift.says("vm", "list").splitlines()[1]
+    assert row.split()[2] == "LOCKED"
+    assert "attic" in row
+    assert re.search(rf"because +.*{re.escape(found['key_id'])}", sealift.says("vm", "show", encrypted))
+    assert "attic" in sealift.fails(12, "vm", "start", encrypted)
+
+
+def test_a_changed_file_is_shown_and_put_back(encrypted: str, deployment: Deployment, sealift: CommandLine) -> None:
+    ((vm, file),) = deployment.a.vault.files.items()
+    deployment.a.vault.files[vm] = file.replace(b"vcpus = 1", b"vcpus = 9")
+    row = sealift.says("vm", "list").splitlines()[1]
+    assert row.split()[2] == "TAMPERED"
+    shown = sealift.says("vm", "show", encrypted)
+    assert "\n  - vcpus = 1\n  + vcpus = 9\n" in shown
+    assert "sealift vm restore-config web" in shown
+    assert "vcpus = 9" in sealift.fails(13, "vm", "start", encrypted)
+    assert "has an authentic configuration file again" in sealift.says("vm", "restore-config", encrypted)
+    assert sealift.says("vm", "list").splitlines()[1].split()[2] == "ok"
+    sealift.says("vm", "start", encrypted)
+
+
+def test_an_encrypted_vm_is_deleted_only_by_force(encrypted: str, sealift: CommandLine) -> None:
+    assert "sealift vm decrypt web" in sealift.fails(4, "vm", "delete", encrypted)
+    sealift.says("vm", "delete", encrypted, "--force")
+    assert sealift.json("vm", "list") == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rekey"],
+        ["rekey", "web", "--from", "safe", "--to", "attic"],
+        ["rekey", "--from", "safe"],
+        ["rekey", "--from", "safe", "--to", "attic", "--deep"],
+        ["rekey", "web", "--verify", "full"],
+        ["rekey", "web", "--dry-run"],
+        ["encrypt", "web", "--provider", "../x"],
+        ["encrypt", "web", "--verify", "perhaps"],
+        ["encrypt"],
+        ["create", "-", "--host", "a", "--provider", "safe"],
+        ["create", "-", "--host", "a", "--verify", "full"],
+    ],
+)
+def test_what_does_not_fit_together_asks_nothing_of_the_controller(sealift: CommandLine, words: list[str]) -> None:
+    sealift.fails(2, "vm", *words)
+
+
+def test_ctrl_c_cancels_and_says_what_is_left(vm: str, deployment: Deployment, sealift: CommandLine) -> None:
+    deployment.a.vault.script = stuck()
+    with terminal(sealift, "vm", "encrypt", vm) as shown:
+        shown.until(r"copying[^\n]*300 B of 0\.98 KiB")
+        shown.press_ctrl_c()
+        assert shown.end() == 8, shown.text[-500:]
+    assert "asking the controller to cancel" in shown.text
+    assert "VM web on a was not encrypted: it was cancelled; its old images are in place" in shown.text
+    assert sealift.json("vm", "show", vm)["encrypted"] is False
+
+
+def test_an_onlookers_ctrl_c_cancels_nothing(vm: str, deployment: Deployment, sealift: CommandLine) -> None:
+    deployment.a.vault.script = stuck()
+    begun = sealift.json("vm", "encrypt", vm, "--detach")
+    with terminal(sealift, "conversion", "watch", begun["id"]) as shown:
+        shown.until("copying")
+        shown.press_ctrl_c()
+        assert shown.end() == 130
+    assert "no longer following" in shown.text
+    assert sealift.json("conversion", "show", begun["id"])["state"] == "copying"
+    assert "was asked to cancel" in sealift.says("conversion", "cancel", begun["id"])
+    assert "was not encrypted: it was cancelled" in sealift.fails(8, "conversion", "watch", begun["id"])
