@@ -5,23 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from sealift.errors import (
-    InvalidInput,
-)
+from sealift.errors import InvalidInput, ProviderImpostor, ProviderUnreachable
+from sealift.keys import kmip_messages, kmip_trust
 from sealift.keys.kmip import KmipProvider
-from sealift.keys.kmip_link import parse_address
-from sealift.keys.kmip_member import LONGEST_PAUSE_S, MAX_LINKS, Pace
+from sealift.keys.kmip_link import connect, parse_address
+from sealift.keys.kmip_member import LONGEST_PAUSE_S, Pace
+from sealift.keys.kmip_messages import Call
 from sealift.keys.kmip_numbers import Operation
-from support.kmip_place import Place, always, make_place, members, provider_of
-from support.kmip_server import (
-    Hang,
-    Store,
-    saying,
-    server_context,
-)
+from sealift.keys.ttlv import Item
+from sealift.secret import Secret
+from support.kmip_place import Place, always, failing_on, make_place, members, provider_of
+from support.kmip_server import Die, Hang, Store, key_item, message, saying, server_context
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,7 @@ def test_connections_are_kept_and_few(place: Place) -> None:
                 await provider.get(key_id)
             assert server.connections == 1
             await asyncio.gather(*(provider.get(key_id) for _ in range(40)))
-            assert 1 < server.connections <= MAX_LINKS
+            assert server.connections == 8
 
     asyncio.run(main())
 
@@ -84,6 +82,84 @@ def test_a_closed_provider_keeps_no_connection(place: Place) -> None:
             for count in (2, 3):
                 await provider.get(key_id)
                 assert server.connections == count
+
+    asyncio.run(main())
+
+
+def test_a_kept_connection_that_falls_silent_is_not_tried_twice(place: Place) -> None:
+    async def main() -> None:
+        async with members(place, Store().answers(before=failing_on(Operation.GET, Hang()))) as (provider, (server,)):
+            assert await provider.locate("vm") == []
+            with pytest.raises(ProviderUnreachable, match="does not answer within"):
+                await provider.get("key-1")
+            assert server.connections == 1
+
+    asyncio.run(main())
+
+
+def test_the_name_that_is_checked_is_the_one_that_was_configured(place: Place, tmp_path: Path) -> None:
+    store = Store()
+    key_id = store.add("vm", 2)
+    named = tmp_path / "named.pem"
+    place.authority.server(named, "localhost")
+
+    async def main() -> None:
+        for certificate, host, right in (
+            (place.certificate, "127.0.0.1", True),
+            (place.certificate, "localhost", False),
+            (named, "localhost", True),
+            (named, "127.0.0.1", False),
+        ):
+            async with saying(server_context(place.authority, certificate), store.answers()) as server:
+                provider = KmipProvider("kms", [f"{host}:{server.port}"], place.client)
+                if right:
+                    await provider.get(key_id)
+                else:
+                    with pytest.raises(ProviderImpostor, match="is not valid for"):
+                        await provider.get(key_id)
+                    assert server.plaintext == 0
+                await provider.close()
+
+    asyncio.run(main())
+
+
+class _Kept(Call[Secret]):
+    """Looks at what the link does to an answer after it was read."""
+
+    raws: ClassVar[list[bytes | bytearray]] = []
+
+    def answer(self, raw: bytes | bytearray) -> Secret:
+        self.raws.append(raw)
+        return super().answer(raw)
+
+
+def test_received_keys_are_overwritten(place: Place) -> None:
+    """Whole ones after they were read, and the beginning of one whose end never came."""
+    store = Store()
+    key_id = store.add("vm", 2)
+    whole = message(Operation.GET, *key_item(key_id, store.materials[key_id]))
+    begun = whole[: whole.index(store.materials[key_id]) + 16]
+
+    def answer(operation: Operation, payload: Item) -> bytes:
+        if operation is Operation.GET:
+            return whole
+        raise Die(begun)
+
+    async def main() -> None:
+        async with saying(server_context(place.authority, place.certificate), answer) as server:
+            link = await connect(parse_address(server.member), kmip_trust.load(place.client), connect_s=3, answer_s=3)
+            call = kmip_messages.get(key_id)
+            secret = await link.ask(_Kept(call.operation, call.payload, call.read))
+            assert secret.reveal() == store.materials[key_id]
+            (raw,) = _Kept.raws
+            assert len(raw) == len(whole)
+            assert not any(raw)
+            stream = link._stream
+            with pytest.raises(ProviderUnreachable):
+                await link.ask(kmip_messages.get_state(key_id))
+            assert len(stream._buffer) == len(whole), "the length of the answer that had begun"
+            assert not any(stream._buffer)
+            await link.close()
 
     asyncio.run(main())
 

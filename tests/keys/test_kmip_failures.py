@@ -6,23 +6,12 @@ import asyncio
 
 import pytest
 
-from sealift.errors import (
-    KeyMissing,
-    KeyNotActive,
-    ProviderRefused,
-    ProviderUnreachable,
-)
+from sealift.errors import KeyMissing, KeyNotActive, ProviderRefused, ProviderUnreachable
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.provider import KeyState, new_key
 from sealift.keys.ttlv import Item
 from support.kmip_place import Place, always, failing_on, make_place, members, raising
-from support.kmip_server import (
-    Answer,
-    Die,
-    Hang,
-    Store,
-    refusal,
-)
+from support.kmip_server import Answer, Die, Hang, Store, refusal
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,15 @@ def test_a_key_is_taken_as_it_was_asked_for() -> None:
 )
 def test_another_key_or_another_kind_of_key_is_refused_and_not_quoted(changes: dict[str, Any], why: str) -> None:
     parts: dict[str, Any] = {"key_id": KEY, "material": MATERIAL} | changes
+    raw = bytearray(message(Operation.GET, *key_item(**parts)))
     with pytest.raises(ProviderAnswerInvalid, match=why) as refused:
-        kmip.get(KEY).answer(message(Operation.GET, *key_item(**parts)))
-    assert MATERIAL[:8].hex() not in str(refused.value)
+        kmip.get(KEY).answer(raw)
+    raw[:] = bytes(len(raw))  # as its holder does
+    told = traceback.TracebackException.from_exception(refused.value, capture_locals=True)
+    (inner,) = [frame.locals for frame in told.stack if frame.name == "read"]
+    assert inner is not None
+    assert "payload" in inner
+    assert not any(repr(parts["material"][:8])[2:-1] in value for value in inner.values())
 
 
 def test_every_state_is_known_and_no_other() -> None:
