@@ -15,7 +15,7 @@ from sealift.controller.models import VmRow
 from sealift.controller.new_vm import CONFIG
 from sealift.domain.deks import DEK_BYTES, Deks, wipe
 from sealift.domain.vm import VmConfig, VmStatus
-from sealift.errors import UnwrapFailed, VmLocked, VmTampered
+from sealift.errors import BundleInvalid, UnwrapFailed, VmLocked, VmTampered
 from sealift.keys import bundle, envelope
 from sealift.keys.bundle import Bundle, Judgement, Verdict, WrappedDek
 from sealift.keys.provider import KeyState
@@ -150,10 +150,32 @@ class VmKeys:
                 found = bundle.judge(file, last, kek)
             finally:
                 kek.wipe()
+            if found.verdict is Verdict.TAMPERED:
+                found = await self._under_its_own_kek(row, file, last) or found
             if len(self._judged) >= _JUDGEMENTS_KEPT:
                 self._judged.clear()
             self._judged[seen] = found
         return self._judged[seen]
+
+    async def _under_its_own_kek(self, row: VmRow, file: bytes, last: bytes) -> Judgement | None:
+        """What a file is by the KEK that it names itself, which is not the VM's now; None where that cannot be told.
+
+        A new key goes with most new files, so that older and newer copies are authentic under other keys than ours.
+        """
+        try:
+            named, _ = bundle.read(file)
+        except BundleInvalid:
+            return None
+        if named.vm != row.uuid or (named.provider, named.key_id) == (row.provider, row.key_id):
+            return None
+        try:
+            kek, _ = await self.keyring.kek(named.provider, named.key_id, vm=row.name)
+        except VmLocked:
+            return None
+        try:
+            return bundle.judge(file, last, kek)
+        finally:
+            kek.wipe()
 
     async def require_own_file(self, row: VmRow, host: str, status: VmStatus) -> None:
         """Raise VmTampered unless the file on the host is the last one we wrote; VmLocked if that cannot be told."""
