@@ -1,9 +1,10 @@
-"""Encrypted images for tests. qemu-img spends seconds on each new one, timing its PBKDF2, so one of each is copied."""
+"""Encrypted images for tests: qemu-img spends seconds on each new one, timing its PBKDF2, so one of each is kept."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
+import os
 import secrets
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Literal
 
 from sealift.hypervisor.passphrase import Passphrase
 from sealift.secret import Secret
+from support.guest import CACHE
 
 DISK_BYTES = 4 << 20
 Format = Literal["qcow2", "raw"]
@@ -23,27 +25,34 @@ def new_key() -> Secret:
     return Secret(secrets.token_bytes(32), length=32)
 
 
-@functools.cache
-def _made(format: Format) -> tuple[bytes, Secret]:
-    """The bytes of an empty encrypted image of ``DISK_BYTES``, and its key."""
-    key = new_key()
-    with tempfile.TemporaryDirectory(prefix="sll-") as directory, Passphrase() as passphrase:
-        passphrase.fill(key)
+def _key(format: Format) -> Secret:
+    return Secret(hashlib.sha256(f"key of the kept {format} image".encode()).digest(), length=32)
+
+
+def _kept(format: Format) -> Path:
+    """An empty encrypted image of ``DISK_BYTES``, made at first use in the cache of the test guest."""
+    kept = CACHE / f"luks-{DISK_BYTES}.{format}"
+    if kept.exists():
+        return kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="luks-", dir=kept.parent) as directory, Passphrase() as passphrase:
+        passphrase.fill(_key(format))
         path = f"{directory}/image"
-        driver, prefix = ("qcow2", "encrypt.format=luks,encrypt.") if format == "qcow2" else ("luks", "")
-        options = f"{prefix}key-secret=k,{prefix.rpartition(',')[2]}iter-time=10"
+        driver, prefix = ("qcow2", "encrypt.") if format == "qcow2" else ("luks", "")
+        options = f"{prefix}key-secret=k,{prefix}iter-time=10" + (",encrypt.format=luks" if prefix else "")
         secret = f"secret,id=k,file={passphrase.path}"
         words = ["qemu-img", "create", "-q", "--object", secret, "-f", driver, "-o", options, path, str(DISK_BYTES)]
-        while subprocess.run(words, pass_fds=[passphrase.fd], capture_output=True).returncode:
-            assert shutil.which("qemu-img")  # it fails now and then: "Unable to get accurate CPU usage"
-        return Path(path).read_bytes(), key
+        for _ in range(20):  # now and then: "Unable to get accurate CPU usage"
+            if subprocess.run(words, pass_fds=[passphrase.fd], capture_output=True).returncode == 0:
+                break
+        os.replace(path, kept)
+    return kept
 
 
 def encrypted_image(path: Path, format: Format) -> Secret:
     """An empty encrypted image at ``path``; its key, which is that of every other one of this format too."""
-    content, key = _made(format)
-    path.write_bytes(content)
-    return Secret(key.reveal(), length=32)
+    shutil.copyfile(_kept(format), path)
+    return _key(format)
 
 
 def qemu_io(path: Path, format: Format, key: Secret, command: str) -> str:
