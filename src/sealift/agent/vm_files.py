@@ -81,13 +81,15 @@ class VmFiles:
             return b""
         except OSError as error:
             raise self._unreadable(path, error.strerror) from error
-        with open(fd, "rb") as file:
-            try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise self._unreadable(path, "it is no file")
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise self._unreadable(path, "it is no file")
+            with open(fd, "rb", closefd=False) as file:
                 return file.read(bundle.MAX_FILE_BYTES + 1)
-            except OSError as error:
-                raise self._unreadable(path, error.strerror) from error
+        except OSError as error:
+            raise self._unreadable(path, error.strerror) from error
+        finally:
+            os.close(fd)
 
     def _unreadable(self, path: Path, why: str | None) -> SealiftError:
         return SealiftError(
