@@ -88,6 +88,7 @@ def test_a_vm_is_encrypted_and_everything_says_so(vm: str, sealift: CommandLine)
         r"migrate encryption +required \(was opportunistic before encryption\)\n",
     ):
         assert re.search(pattern, shown), (pattern, shown)
+    assert f"{DISK} (raw, LUKS)" in shown
     assert "sealed" in sealift.fails(4, "vm", "set", vm, "--migrate-encryption", "disabled")
 
 
@@ -151,7 +152,7 @@ def test_a_shallow_rekey_names_the_old_key_while_the_vm_runs(encrypted: str, sea
     old = sealift.json("vm", "show", encrypted)["encryption"]["key_id"]
     sealift.says("vm", "start", encrypted)
     said = sealift.says("vm", "rekey", encrypted)
-    assert re.search(r"VM web on a has a new key: key \S+ of key provider safe\.", said)
+    assert re.search(r"VM web on a is now under key \S+ of key provider safe\.", said)
     assert f"Old copies of its configuration file are still opened by key {old} of key provider safe." in said
     assert "`sealift vm rekey --deep web`" in said
     told = sealift.json("vm", "rekey", encrypted)

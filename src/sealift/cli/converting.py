@@ -217,7 +217,7 @@ def conclusion(end: Conversion) -> list[str]:
             f"Copies of the old images and of the old configuration file are still opened by {old}.",
         ]
     return [
-        f"VM {name} on {end.host} has a new key: {key}.",
+        f"VM {name} on {end.host} is now under {key}.",
         f"Old copies of its configuration file are still opened by {old}.",
     ]
 

@@ -188,7 +188,7 @@ def list_providers(output: Output) -> None:
 
 
 def _row(one: KeyProvider) -> tuple[str, ...]:
-    answering = f"{sum(member.ok for member in one.members)} of {len(one.members)}" if one.members else ""
+    answering = f"{sum(member.ok for member in one.members)} of {len(one.members)}" if one.kind == "kmip" else ""
     default = "yes" if one.default else ""
     return one.name, one.kind, STATES[one.state], default, answering, str(len(one.vms)), one.message
 
@@ -214,7 +214,8 @@ def show(output: Output, name: str) -> None:
     ]
     if found.kind == "native":
         pairs.append(("exported", quantities.moment(found.exported_at) if found.exported_at else "NEVER"))
-    pairs += [(f"server {one.address}", "ok" if one.ok else f"NOT OK: {one.message}") for one in found.members]
+    else:
+        pairs += [(f"server {one.address}", "ok" if one.ok else f"NOT OK: {one.message}") for one in found.members]
     pairs.append(("VMs", ", ".join(found.vms) or "none"))
     pairs += [("note", note) for note in found.notes]
     output.record(pairs)

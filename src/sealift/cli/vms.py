@@ -194,14 +194,13 @@ def show(output: Output, name: str) -> None:
         ("network", f"{config.network.kind} {config.network.bridge}".strip()),
         ("serial", config.serial),
     ]
-    pairs += [(f"disk {number}", f"{disk.path} ({disk.format})") for number, disk in enumerate(config.disks)]
+    for number, disk in enumerate(config.disks):
+        pairs.append((f"disk {number}", f"{disk.path} ({disk.format}{', LUKS' if disk.dek else ''})"))
     output.record(pairs)
     if found.encryption is not None and found.encryption.lines:
         output.say("Its configuration file differs from the one that was written for it last:")
         for line in found.encryption.lines:
             output.say(f"  {line}")
-    if found.encryption is not None and found.encryption.state == "tampered":
-        output.say(f"`sealift vm restore-config {found.name}` puts that one back.")
 
 
 def _encryption(one: Vm) -> list[tuple[str, str]]:
