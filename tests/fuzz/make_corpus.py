@@ -15,6 +15,7 @@ from fuzz.targets import CORPUS
 from sealift.channel.control_frames import encode_frame
 from sealift.channel.protocol import Kind, Preface, RecordType
 from sealift.domain.token import Token, TokenKind
+from sealift.keys.ttlv import MAX_DEPTH, encode, structure
 from support.channel_pair import PSK, SPEC, data, pair, secret
 
 _TYPES = {kind: number for number, kind in enumerate(RecordType)}
@@ -100,7 +101,28 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "torn": bytes([1, 2, 3, 0, 0, 1, 0, 4, 0, 0, 1, 3, 1, 0, 7, 0]),
             "damaged-in-the-middle": bytes([1, 3, 3, 0, 0, 1, 3, 0, 9, 9, 0, 4, 0, 0, 1, 0, 5, 0, 0, 1, 0]),
         },
+        "kmip_answer": {
+            "versions": bytes([0, 1, 0, 0]),
+            "created": bytes([1, 1, 8, 0]),
+            "a-key": bytes([3, 1, 1, 0]),
+            "a-short-key": bytes([3, 1, 4, 0]),
+            "its-state": bytes([4, 1, 6, 0]),
+            "activated": bytes([5, 1, 3, 0]),
+            "refused": bytes([3, 1, 7, 0]),
+            "a-key-flipped": bytes([3, 1, 1, 1, 0, 60, 1]),
+            "a-key-cut": bytes([3, 1, 1, 1, 1, 100]),
+            "4-gib": bytes([3, 0]) + bytes.fromhex("42007b01ffffffff"),
+            "nested-too-deep": bytes([0, 0]) + _nested(MAX_DEPTH + 1),
+            "a-longer-big-integer-than-needed": bytes([0, 0]) + bytes.fromhex("4200200400000010") + bytes(16),
+        },
     }
+
+
+def _nested(levels: int) -> bytes:
+    item = structure(0x420020)
+    for _ in range(levels - 1):
+        item = structure(0x420020, item)
+    return encode(item)
 
 
 def _ledgers() -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuzz import agent_targets, resume_targets, stream_targets, wire_targets
+from fuzz import agent_targets, key_targets, resume_targets, stream_targets, wire_targets
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -44,5 +44,6 @@ TARGETS = {
         Target(agent_targets.vm_file, 4096),
         Target(agent_targets.join_token, 160),
         Target(agent_targets.commit_log, 1024),
+        Target(key_targets.kmip_answer, 512),
     )
 }

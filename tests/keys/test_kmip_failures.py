@@ -103,6 +103,22 @@ def test_a_key_whose_activation_failed_is_destroyed(place: Place) -> None:
     asyncio.run(main())
 
 
+def test_a_key_that_somebody_else_just_activated_is_active(place: Place) -> None:
+    store = Store()
+    key_id = store.add("vm")
+
+    def faster(operation: Operation) -> None:
+        if operation is Operation.ACTIVATE:
+            store.states[key_id] = 2
+
+    async def main() -> None:
+        async with members(place, store.answers(before=faster)) as (provider, (server,)):
+            await provider.activate(key_id)
+            assert server.asked == [Operation.GET_ATTRIBUTES, Operation.ACTIVATE, Operation.GET_ATTRIBUTES]
+
+    asyncio.run(main())
+
+
 def test_a_destruction_whose_answer_was_lost_is_done(place: Place) -> None:
     """Also when the server that is asked next has forgotten the key by then."""
     store = Store()
