@@ -27,12 +27,14 @@ from sealift.errors import (
     ContRefused,
     HardwareMismatch,
     HypervisorError,
+    KeysNotHeld,
     QemuGone,
     QmpRefused,
     SealiftError,
 )
 from sealift.hypervisor.base import Hypervisor, MigrationInfo, Vm, VmPaths
 from sealift.hypervisor.process import ProcessRef
+from sealift.secret import Secret
 from support import ticker
 
 OVER = {"completed", "failed", "cancelled"}
@@ -250,6 +252,17 @@ async def a_failed_start_says_why_and_leaves_nothing(bench: Bench) -> None:
     with pytest.raises(HypervisorError, match="absent"):
         await bench.start(await bench.hypervisor.freeze(absent))
     await bench.start(record)  # nothing in the way
+
+
+async def missing_keys_are_told_before_anything_is_started(bench: Bench) -> None:
+    held, missing = uuid4(), uuid4()
+    disks = (Disk(str(bench.root / "one"), "qcow2", dek=held), Disk(str(bench.root / "two"), "raw", dek=missing))
+    record = await bench.hypervisor.freeze(bench.config(disks=disks))
+    await bench.hypervisor.check_record(record)
+    for begin in (bench.start, bench.incoming):
+        with pytest.raises(KeysNotHeld, match="two"):
+            await begin(record, "a", {held: Secret(bytes(32), length=32)})
+    assert not bench.paths("a").log.exists()
 
 
 async def a_vm_is_found_again(bench: Bench) -> None:
@@ -555,6 +568,7 @@ CHECKS: tuple[Callable[[Bench], Awaitable[None]], ...] = (
     a_start_waits_for_cont,
     a_second_start_is_refused,
     a_failed_start_says_why_and_leaves_nothing,
+    missing_keys_are_told_before_anything_is_started,
     a_vm_is_found_again,
     a_stray_that_never_ran_is_ended_and_no_other,
     a_vm_ends_when_told,

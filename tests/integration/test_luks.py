@@ -22,9 +22,9 @@ import pytest
 from contract.check_hypervisor import Bench, check_hypervisor, move, until
 from sealift.domain.move import Answer, MoveOptions
 from sealift.domain.vm import Accelerator, Disk, HardwareRecord
-from sealift.errors import Conflict, HypervisorError, KeysNotHeld, SealiftError
+from sealift.errors import Conflict, ConversionFailed, HypervisorError, KeysNotHeld, SealiftError
 from sealift.hypervisor.base import Vm
-from sealift.hypervisor.images import Images
+from sealift.hypervisor.images import ImageRef, Images
 from sealift.hypervisor.qemu import QemuHypervisor
 from sealift.hypervisor.qmp import Qmp
 from sealift.secret import Secret
@@ -143,6 +143,9 @@ def test_a_guest_uses_encrypted_disks_as_any_other(root: Path) -> None:
         (memfd,) = memfds(vm.process.pid)
         assert memfd.read_bytes() == b"", "the passphrase was left where others could read it"
         assert not memfds(os.getpid()), "and this process keeps none"
+        copy = ImageRef(str(root / "copy"), "raw", None)
+        with pytest.raises(ConversionFailed, match="lock"):
+            await Images().convert(ImageRef(disks[0].path, "qcow2", first), copy, lambda done, total: None)
         await vm.quit()
 
         for disk in disks:
