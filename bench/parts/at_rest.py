@@ -154,7 +154,7 @@ class Bench:
         self._cluster.ask("vm", "create", str(file), "--host", "a", *options)
 
     def _forget(self, name: str, disk: Path) -> None:
-        self._cluster.sealift("vm", "delete", name)
+        self._cluster.sealift("vm", "delete", name, "--force")
         disk.unlink()
 
 

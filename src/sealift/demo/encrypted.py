@@ -40,7 +40,7 @@ class Row:
     seconds: float
     provider: str
     key_id: str
-    marker: int  # how often the guest's marker is in the image afterwards; -1: not looked for
+    marker: int  # how often the guest's marker is in the image afterwards
 
 
 def show(*, keep: bool, as_json: bool) -> int:
@@ -72,7 +72,7 @@ class _Encrypted(Stage):
         self._servers = KmipServers(self.cluster.directory / "kmip", members=2)
         self._servers.start()
         self._add_provider()
-        say(self.cluster.sealift("key-provider", "show", PROVIDER).stdout)
+        say(self.cluster.sealift("key-provider", "list").stdout)
         tested = self.cluster.ask("key-provider", "test", PROVIDER)
         self.prove("a key was made, activated, read and destroyed on each member", tested["ok"])
         step("1. A VM that is encrypted from the start; its guest writes blocks that begin with a secret marker")
@@ -97,7 +97,7 @@ class _Encrypted(Stage):
     # the parts
 
     def run(self) -> None:
-        """What the issue of encryption at rest is about, one after the other."""
+        """One part after the other, each on what the one before left."""
         self._moved_sealed()
         self._one_member_gone()
         self._both_gone()
@@ -118,7 +118,7 @@ class _Encrypted(Stage):
     def _one_member_gone(self) -> None:
         step("3. One member of the key server is killed: nothing happens")
         self._servers_().kill(0)
-        say(self.cluster.sealift("key-provider", "show", PROVIDER).stdout)
+        say(self.cluster.sealift("key-provider", "list").stdout)
         before = self._vm()["encryption"]["key_id"]
         self._convert("rekey, one member gone", "vm", "rekey", "guest")
         self.prove("the VM has a new key from the other member", self._vm()["encryption"]["key_id"] != before)
@@ -135,12 +135,11 @@ class _Encrypted(Stage):
         self.cluster.start_agent(alpha)
         encryption = self._wait_for("locked")
         say(self.cluster.sealift("vm", "list").stdout)
-        reason = encryption["message"]
         self.prove("the VM is locked", encryption["state"] == "locked")
-        self.prove(f"and says which key provider is missing: {reason}", PROVIDER in reason)
-        self.prove("and which key", encryption["key_id"] in reason)
+        reason, key_id = encryption["message"], encryption["key_id"]
+        self.prove("and says which key of which key provider is missing", PROVIDER in reason and key_id in reason)
         refused = self._refused(VmLocked, "vm", "start", "guest")
-        self.prove("it cannot be started, for that reason", PROVIDER in refused and encryption["key_id"] in refused)
+        self.prove("it cannot be started, for that reason", PROVIDER in refused and key_id in refused)
 
     def _back_under_its_name(self) -> None:
         step(f"5. The provider is removed; then there is one named {PROVIDER} again, at other addresses")
@@ -199,7 +198,7 @@ class _Encrypted(Stage):
         self.cluster.sealift("vm", "stop", "guest")
         sealed = self._markers()
         self.prove("the encrypted image nowhere shows the guest's marker", sealed == 0)
-        self._convert("vm decrypt", "vm", "decrypt", "guest", look=True)
+        self._convert("vm decrypt", "vm", "decrypt", "guest")
         self.prove("the decrypted image shows it", self._rows[-1].marker >= _BLOCKS)
         shown = self.cluster.sealift("vm", "show", "guest").stdout
         say(shown)
@@ -222,12 +221,12 @@ class _Encrypted(Stage):
         self._note(f"migrate {record['source']} → {target}", went, record["total_s"])
         return record
 
-    def _convert(self, title: str, *command: str, look: bool = False) -> None:
+    def _convert(self, title: str, *command: str) -> None:
         began = time.monotonic()
         done = subprocess.run(self.cluster.argv(*command), env=self.cluster.environment, check=False)
         if done.returncode:
             raise SealiftError(f"sealift {' '.join(command)} ended with {done.returncode}")
-        self._note(title, "done", time.monotonic() - began, look=look)
+        self._note(title, "done", time.monotonic() - began)
 
     def _refused(self, kind: type[SealiftError], *command: str) -> str:
         """What a command says that must be refused with this error; empty when it was not."""
@@ -241,10 +240,10 @@ class _Encrypted(Stage):
         self.prove(f"sealift {' '.join(command)} was refused", False)
         return ""
 
-    def _note(self, what: str, went: str, seconds: float, *, look: bool = False) -> None:
+    def _note(self, what: str, went: str, seconds: float) -> None:
         encryption = self._vm()["encryption"] or {"provider": "", "key_id": ""}
-        markers = self._markers() if look else -1
-        self._rows.append(Row(what, went, seconds, encryption["provider"], encryption["key_id"], markers))
+        row = Row(what, went, seconds, encryption["provider"], encryption["key_id"], self._markers())
+        self._rows.append(row)
 
     # what is true
 
@@ -296,8 +295,8 @@ class _Encrypted(Stage):
         for heading in ("what", "went", "took", "key provider", "key", "marker in the image"):
             table.add_column(heading, justify="right" if heading.startswith(("took", "marker")) else "left")
         for row in self._rows:
-            seen = "" if row.marker < 0 else f"{row.marker} times"
-            table.add_row(row.what, row.went, f"{row.seconds:.1f} s", row.provider, row.key_id, seen)
+            took, seen = f"{row.seconds:.1f} s", f"{row.marker} times"
+            table.add_row(row.what, row.went, took, row.provider, row.key_id, seen)
         screen.print(table)
 
     @property

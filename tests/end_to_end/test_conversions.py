@@ -1,0 +1,220 @@
+"""Disks of stopped VMs encrypted, rekeyed and decrypted through the command line; their files, and the floor."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from sealift.demo.cluster import Cluster
+from sealift.errors import PlanRefused, VmTampered
+from support.encrypted import PATIENCE_S, Home, encryption_of, is_luks, keys_of, same_content
+from support.guest import CACHE
+
+pytestmark = pytest.mark.qemu
+
+_MEMORY_KIB = 16392  # the guest is its firmware; no multiple of 256 KiB
+_KILLS = 5
+
+
+@pytest.fixture(scope="module")
+def home(cluster: Cluster) -> Home:
+    return Home(cluster)
+
+
+@pytest.fixture(scope="module")
+def datastore() -> Iterator[Path]:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="datastore-", dir=CACHE))  # tmpfs has no O_DIRECT
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def original(datastore: Path) -> Path:
+    """A raw image of random data, with a hole in the middle and an end that is no whole cluster."""
+    path = datastore / "original.raw"
+    source = random.Random(1)
+    with path.open("wb") as file:
+        file.write(source.randbytes(12 << 20))
+        file.seek(20 << 20)
+        file.write(source.randbytes((4 << 20) + 512))
+    return path
+
+
+class _Vm:
+    """A VM on host a, defined and not started."""
+
+    def __init__(
+        self, cluster: Cluster, name: str, image: Path, image_format: Literal["qcow2", "raw"], *options: str, size: str
+    ) -> None:
+        self.cluster, self.name, self.image, self.format = cluster, name, image, image_format
+        text = f'name = "{name}"\nvcpus = 1\nmemory = "{_MEMORY_KIB}KiB"\n'
+        text += f'[[disks]]\npath = {json.dumps(str(image))}\nformat = "{image_format}"\n'
+        text += f'size = "{size}"\n' if size else ""
+        file = cluster.directory / f"{name}.toml"
+        file.write_text(text)
+        self.uuid: str = cluster.ask("vm", "create", str(file), "--host", "a", *options)["uuid"]
+
+    @property
+    def file(self) -> Path:
+        """Its configuration file at its host."""
+        return self.cluster.hosts["a"].state / "vms" / self.uuid / "vm.toml"
+
+    def show(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.cluster.ask("vm", "show", self.name)
+        return found
+
+    def dek(self) -> bytes | None:
+        """The key of its disk; None for a VM in clear."""
+        (dek,) = keys_of(self.cluster, self.name).deks.values() if self.show()["encrypted"] else (None,)
+        return dek
+
+    def holds(self, original: Path) -> bool:
+        """Whether its disk, encrypted or not as the controller has it, reads like a raw image."""
+        dek = self.dek()
+        assert is_luks(self.image) is (dek is not None)
+        return same_content(self.image, self.format, dek, original)
+
+    def forget(self) -> None:
+        self.cluster.sealift("vm", "stop", self.name, "--force", check=False)
+        self.cluster.sealift("vm", "delete", self.name, "--force")
+        self.image.unlink()
+
+
+@pytest.fixture(scope="module")
+def sized(cluster: Cluster, home: Home, datastore: Path) -> Iterator[_Vm]:
+    """A VM whose image was made for it, encrypted."""
+    vm = _Vm(cluster, "sized", datastore / "sized.qcow2", "qcow2", "--encrypt", size="64MiB")
+    yield vm
+    vm.forget()
+
+
+def test_an_existing_image_is_encrypted_rekeyed_and_decrypted(
+    cluster: Cluster, home: Home, datastore: Path, original: Path
+) -> None:
+    image = datastore / "existing.raw"
+    shutil.copyfile(original, image)
+    vm = _Vm(cluster, "existing", image, "raw", "--encrypt", "--provider", home.name, size="")
+    first = vm.show()["encryption"]
+    assert (first["provider"], first["state"]) == (home.name, "ok")
+    dek = vm.dek()
+    assert vm.holds(original)
+    cluster.sealift("vm", "rekey", vm.name, "--deep")
+    assert vm.show()["encryption"]["key_id"] != first["key_id"]
+    assert vm.dek() != dek
+    assert vm.holds(original)
+    told = cluster.sealift("vm", "decrypt", vm.name, "--verify", "full").stdout
+    assert "decrypted" in told
+    shown = vm.show()
+    assert (shown["migrate_encryption"], shown["migrate_encryption_before"]) == ("required", "opportunistic")
+    assert "was opportunistic before encryption" in cluster.sealift("vm", "show", vm.name).stdout
+    assert vm.holds(original)
+    assert sorted(path.name for path in datastore.glob("existing*")) == ["existing.raw"]
+    assert not vm.file.exists()
+    vm.forget()
+
+
+def test_an_image_with_a_size_is_made_encrypted_and_opened(sized: _Vm) -> None:
+    assert is_luks(sized.image)
+    sized.cluster.sealift("vm", "start", sized.name)
+    assert sized.show()["state"] == "running"
+    sized.cluster.sealift("vm", "stop", sized.name, "--force")
+    assert sized.file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_changed_configuration_file_is_shown_refused_and_put_back(sized: _Vm) -> None:
+    written = sized.file.read_bytes()
+    sized.file.write_bytes(written.replace(b"vcpus = 1\n", b"vcpus = 2\n"))
+    tampered = encryption_of(sized.cluster, sized.name, "tampered")
+    assert {"- vcpus = 1", "+ vcpus = 2"} <= set(tampered["lines"])
+    with pytest.raises(VmTampered, match="vcpus"):
+        sized.cluster.ask("vm", "start", sized.name)
+    assert "tampered" in sized.cluster.sealift("vm", "list").stdout.lower()
+    sized.cluster.sealift("vm", "restore-config", sized.name)
+    assert sized.file.read_bytes() == written
+    assert sized.show()["encryption"]["state"] == "ok"
+
+
+def test_an_older_copy_of_the_configuration_file_is_called_one(sized: _Vm) -> None:
+    older = sized.file.read_bytes()
+    sized.cluster.sealift("vm", "rekey", sized.name)
+    newer = sized.file.read_bytes()
+    sized.file.write_bytes(older)
+    tampered = encryption_of(sized.cluster, sized.name, "tampered")
+    assert "older" in tampered["message"]
+    with pytest.raises(VmTampered, match="older"):
+        sized.cluster.ask("vm", "start", sized.name)
+    sized.cluster.sealift("vm", "restore-config", sized.name)
+    assert sized.file.read_bytes() == newer
+
+
+def test_no_vm_undercuts_the_floor(cluster: Cluster, datastore: Path) -> None:
+    vm = _Vm(cluster, "undercutting", datastore / "undercutting.raw", "raw", size="1MiB")
+    cluster.sealift("vm", "set", vm.name, "--migrate-encryption", "disabled")
+    cluster.sealift("vm", "start", vm.name)
+
+    def plan(target: str) -> dict[str, Any]:
+        planned: dict[str, Any] = cluster.ask("migrate", vm.name, "--to", target, "--dry-run")
+        return planned
+
+    try:
+        assert plan("b")["protection"] == "plain"
+        cluster.sealift("settings", "set", "migration-encryption-floor", "required")
+        sealed = plan("b")
+        assert sealed["protection"] == "sealed"
+        assert "floor" in sealed["reason"]
+        with pytest.raises(PlanRefused, match="floor"):
+            cluster.ask("migrate", vm.name, "--to", "c")
+    finally:
+        cluster.sealift("settings", "set", "migration-encryption-floor", "none")
+        vm.forget()
+
+
+@pytest.mark.timeout(170)
+def test_a_conversion_survives_the_agents_death_at_any_moment(
+    cluster: Cluster, home: Home, datastore: Path, original: Path
+) -> None:
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    image = datastore / "killed.qcow2"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", original, image], check=True)
+    vm = _Vm(cluster, "killed", image, "qcow2", size="")
+    began = time.monotonic()
+    cluster.sealift("vm", "encrypt", vm.name)
+    undisturbed = time.monotonic() - began
+    ends, encrypted = [], True
+    for _ in range(_KILLS):
+        command = "decrypt" if encrypted else "encrypt"
+        ident = cluster.ask("vm", command, vm.name, "--detach")["id"]
+        time.sleep(chance.uniform(0, undisturbed))  # the random moment
+        cluster.kill_agent(cluster.hosts["a"])
+        cluster.start_agent(cluster.hosts["a"])
+        record = _ended(cluster, ident)
+        ends.append(record["state"])
+        assert record["state"] in ("done", "failed"), (seed, record)
+        encrypted = (command == "encrypt") is (record["state"] == "done")
+        assert vm.holds(original), (seed, record)
+        assert is_luks(image) is encrypted, (seed, record)
+        assert sorted(path.name for path in datastore.glob("killed*")) == ["killed.qcow2"], (seed, record)
+    print(f"seed {seed}: {ends}")
+    cluster.sealift("vm", "start", vm.name)
+    vm.forget()
+
+
+def _ended(cluster: Cluster, ident: str) -> dict[str, Any]:
+    """A conversion's record once it has ended; every look is a command of its own."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        record: dict[str, Any] = cluster.ask("conversion", "show", ident)
+        if record["finished"]:
+            return record
+        assert time.monotonic() < end, record
