@@ -133,7 +133,7 @@ class KmipProvider:
     async def state(self, key_id: str) -> KeyState:
         """Its state. Of a key that the servers have forgotten, only who destroyed it knows that it was there."""
         try:
-            return await self._on_key("see", key_id, lambda link: link.ask(kmip.get_state(key_id)))
+            return await self._on_key("tell the state of", key_id, lambda link: link.ask(kmip.get_state(key_id)))
         except KeyMissing:
             if key_id in self._destroyed:
                 return KeyState.DESTROYED
