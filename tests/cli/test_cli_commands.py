@@ -114,7 +114,10 @@ def test_text_from_elsewhere_cannot_steer_the_terminal(deployment: Deployment, s
     assert clean("a\x1b[2Jb\r\nc\x9b1m") == "a [2Jb c 1m"
 
 
-@pytest.mark.parametrize("words", [["vm"], ["host"], ["migration"], [], ["vm", "create"], ["migrate"]])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["vm"], ["host"], ["migration"], ["key-provider"], ["conversion"], ["settings"], ["vm", "rekey"], ["migrate"]],
+)
 def test_help_is_there_without_a_login(sealift: CommandLine, words: list[str]) -> None:
     result = sealift(*words, "--help")
     assert result.exit_code == 0
