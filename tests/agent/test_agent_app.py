@@ -6,9 +6,10 @@ import asyncio
 import json
 import struct
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx2
 import pytest
@@ -16,15 +17,19 @@ import structlog
 from pydantic import TypeAdapter
 
 from doubles.hosts import World
+from doubles.images import PlayedImages, image, opened
 from sealift.agent.agent import Agent
 from sealift.agent.app import make_app
 from sealift.agent.capabilities import CipherFacts
 from sealift.agent.join import Identity
 from sealift.agent.requests import FENCE
+from sealift.agent.vm_files import sha256
+from sealift.domain.conversion import ConversionKind, ConversionOrder
+from sealift.domain.deks import encode_frame, encode_keys
 from sealift.domain.move import MoveOrder, MoveState, PlainToken, SealedSecret, encode_spec
-from sealift.domain.vm import VmConfig
-from sealift.hypervisor.images import Images
+from sealift.domain.vm import Disk, VmConfig
 from sealift.secret import Secret
+from support.vm_files import file_of, keys
 
 KEY, NONCE, TOKEN = bytes(range(1, 33)), bytes(range(200, 208)), bytes(range(100, 116))
 LIMIT_S = 10.0
@@ -44,7 +49,7 @@ def play(world: World, scene: Scene) -> None:
         a = world.a
         identity = Identity(a.id, a.settings.identity, "127.0.0.1")
         hypervisor: Any = None
-        cipher, images = CipherFacts("", True, 1.0), Images()
+        cipher, images = CipherFacts("", True, 1.0), a.images(a.fuse)
         agent = Agent(a.settings, identity, cipher, hypervisor, images, a._journal, a.vms, a.moves, a.conversions)
         transport = httpx2.ASGITransport(make_app(agent), raise_app_exceptions=False)
         try:
@@ -175,7 +180,7 @@ def test_a_plain_order_carries_a_token_and_nothing_else_will_do(world: World) ->
 
 
 @pytest.mark.parametrize("fence", [None, "", "-1", "1.5", "x", "²", "1" * 19, "9" * 5000, " 1"])
-@pytest.mark.parametrize("deed", ["define", "start", "stop", "delete"])
+@pytest.mark.parametrize("deed", ["define", "start", "stop", "delete", "keys", "forget keys", "file"])
 def test_an_order_about_a_vm_without_a_fence_is_refused(world: World, deed: str, fence: str | None) -> None:
     async def scene(client: httpx2.AsyncClient) -> None:
         vm = world.config.uuid
@@ -188,10 +193,16 @@ def test_an_order_about_a_vm_without_a_fence_is_refused(world: World, deed: str,
                 response = await client.post(f"/v1/vms/{vm}/start", headers=headers)
             case "stop":
                 response = await client.post(f"/v1/vms/{vm}/stop", json={"force": True}, headers=headers)
+            case "keys":
+                response = await client.put(f"/v1/vms/{vm}/keys", content=encode_keys({}), headers=headers)
+            case "forget keys":
+                response = await client.post(f"/v1/vms/{vm}/keys/forget", headers=headers)
+            case "file":
+                response = await client.put(f"/v1/vms/{vm}/file", json={"file": ""}, headers=headers)
             case _:
                 response = await client.delete(f"/v1/vms/{vm}", headers=headers)
         if fence == " 1":  # the space is not part of a header's value
-            assert response.status_code in (200, 409, 422)
+            assert response.status_code in (200, 204, 409, 422)
             return
         refused(response, 422, "invalid_input")
         assert world.running() == ["a"]
@@ -219,6 +230,15 @@ def test_a_fence_from_the_past_is_refused_over_the_wire(world: World) -> None:
         ("PUT", "/v1/vms/6f1d0c52-5a87-4b52-9d5e-1f6b8a3f0a01", b"quoted-word"),
         ("PUT", "/v1/vms/6f1d0c52-5a87-4b52-9d5e-1f6b8a3f0a01", b"\xff\xfequoted-word"),
         ("POST", "/v1/moves/6f1d0c52-5a87-4b52-9d5e-1f6b8a3f0a01/answer", b'{"answer": "quoted-word"}'),
+        ("PUT", "/v1/vms/6f1d0c52-5a87-4b52-9d5e-1f6b8a3f0a01/keys", b"\0\1quoted-word"),
+        ("PUT", "/v1/vms/6f1d0c52-5a87-4b52-9d5e-1f6b8a3f0a01/keys", b"\0\1" + bytes(1 << 20) + b"quoted-word"),
+        ("PUT", "/v1/vms/6f1d0c52-5a87-4b52-9d5e-1f6b8a3f0a01/file", b'{"file": ["quoted-word"]}'),
+        ("POST", "/v1/keys/held", b'{"vm": "quoted-word", "deks": []}'),
+        ("POST", "/v1/disks/look", b'{"disks": [{"path": "quoted-word", "format": "raw"}]}'),
+        ("POST", "/v1/disks/look", b'{"disks": [{"path": "/x\\u0000quoted-word", "format": "raw"}]}'),
+        ("POST", "/v1/disks/look", b'{"disks": [{"path": "/x", "format": "quoted-word"}]}'),
+        ("PUT", "/v1/conversions/6f1d0c52-5a87-4b52-9d5e-1f6b8a3f0a01", b"quoted-word"),
+        ("PUT", "/v1/conversions/6f1d0c52-5a87-4b52-9d5e-1f6b8a3f0a01", encode_frame(b'"quoted-word"', {})),
         ("POST", "/v1/markers", b'{"path": ["quoted-word"]}'),
         ("POST", "/v1/markers", b'{"path": "quoted-word"}'),
         ("POST", "/v1/markers", b'{"path": "/tmp/quoted-word\\u0000/x"}'),
@@ -234,6 +254,92 @@ def test_what_is_malformed_is_not_quoted(world: World, method: str, path: str, b
         response = await client.request(method, path, content=body, headers=headers)
         refused(response, 422, "invalid_input")
         assert b"quoted-word" not in response.content
+
+    play(world, scene)
+
+
+def test_keys_are_held_told_of_and_forgotten_and_never_shown(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    dek = uuid4()
+    raw = encode_keys({dek: Secret(KEY, length=32)})
+
+    async def scene(client: httpx2.AsyncClient) -> None:
+        vm, headers = world.config.uuid, {FENCE: "7"}
+
+        async def held(*ids: UUID) -> bool:
+            asked = {"vm": str(vm), "deks": [str(each) for each in ids]}
+            answer = (await client.post("/v1/keys/held", json=asked)).json()
+            return bool(answer["held"])
+
+        assert not await held(dek)
+        assert await held()
+        assert (await client.put(f"/v1/vms/{vm}/keys", content=raw, headers=headers)).status_code == 204
+        assert await held(dek)
+        assert not await held(dek, uuid4())
+        shown = await client.get(f"/v1/vms/{vm}")
+        assert shown.json()["held"] == [str(dek)]
+        refused(await client.put(f"/v1/vms/{vm}/keys", content=raw, headers={FENCE: "6"}), 409, "stale_fence")
+        refused(await client.put(f"/v1/vms/{vm}/keys", content=raw[:-1], headers=headers), 422, "invalid_input")
+        said = shown.content + b"".join(capfd.readouterr()[n].encode() for n in (0, 1))
+        for secret in (KEY, KEY.hex().encode(), str(KEY)[2:-1].encode()):
+            assert secret not in said
+        assert await held(dek)
+        assert (await client.post(f"/v1/vms/{vm}/keys/forget", headers=headers)).status_code == 204
+        assert not await held(dek)
+        away = uuid4()  # a VM that is not here: it may come
+        assert (await client.put(f"/v1/vms/{away}/keys", content=raw, headers=headers)).status_code == 204
+        refused(await client.get(f"/v1/vms/{away}"), 404, "not_found")
+
+    play(world, scene)
+    for path in world.a.settings.state_directory.rglob("*"):
+        assert not path.is_file() or (KEY not in path.read_bytes() and KEY.hex().encode() not in path.read_bytes())
+
+
+def test_an_encrypted_vm_over_the_wire(world: World, tmp_path: Path) -> None:
+    """Encrypted by a conversion, started by its file's hash, its file put anew, and decrypted again."""
+    path = tmp_path / "disk"
+    path.write_text(image("content", None))
+    plain = replace(world.config, uuid=uuid4(), name="enc", disks=(Disk(str(path), "raw"),))
+    after = replace(plain, disks=(replace(plain.disks[0], dek=uuid4()),))
+    first, second = file_of(after, 1), file_of(replace(after, vcpus=2), 2)
+    world.a.images = PlayedImages
+
+    async def convert(client: httpx2.AsyncClient, order: ConversionOrder) -> dict[str, Any]:
+        at = f"/v1/conversions/{order.id}"
+        body = encode_frame(TypeAdapter(ConversionOrder).dump_json(order), keys(*after.deks))
+        refused(await client.put(f"/v1/conversions/{uuid4()}", content=body), 422, "invalid_input")
+        assert (await client.put(at, content=body)).json()["state"] == "copying"
+        await asyncio.gather(*world.a.conversions._tasks.values())
+        status: dict[str, Any] = (await client.get(at)).json()
+        assert (await client.post(f"{at}/cancel")).json() == status
+        assert (await client.post(f"{at}/forget")).status_code == 204
+        refused(await client.get(at), 404, "not_found")
+        refused(await client.put(at, content=body), 409, "conflict")
+        return status
+
+    async def scene(client: httpx2.AsyncClient) -> None:
+        at, headers = f"/v1/vms/{plain.uuid}", {FENCE: "7"}
+        config = TypeAdapter(VmConfig).dump_python(plain, mode="json")
+        [facts] = (await client.post("/v1/disks/look", json={"disks": [{"path": str(path), "format": "raw"}]})).json()
+        assert facts["exists"]
+        assert (await client.put(at, json={"config": config}, headers=headers)).status_code == 200
+        text = first.decode("latin-1")
+        encrypt = ConversionOrder(uuid4(), plain.uuid, 7, ConversionKind.ENCRYPT, after, text, "full")
+        assert (await convert(client, encrypt))["state"] == "done"
+        assert (await client.get(at)).json()["file"] == text
+        refused(await client.post(f"{at}/start", headers=headers), 409, "vm_tampered")
+        await client.post(f"{at}/keys/forget", headers=headers)
+        hashed = {"file": sha256(first)}
+        refused(await client.post(f"{at}/start", json=hashed, headers=headers), 409, "keys_not_held")
+        await client.put(f"{at}/keys", content=encode_keys(keys(*after.deks)), headers=headers)
+        put = await client.put(f"{at}/file", json={"file": second.decode("latin-1")}, headers=headers)
+        assert put.json()["config"]["vcpus"] == 2
+        refused(await client.put(f"{at}/file", json={"file": text}, headers=headers), 409, "conflict")
+        refused(await client.post(f"{at}/start", json=hashed, headers=headers), 409, "vm_tampered")
+        decrypt = ConversionOrder(uuid4(), plain.uuid, 7, ConversionKind.DECRYPT, plain, "", "sample")
+        assert (await convert(client, decrypt))["state"] == "done"
+        shown = (await client.get(at)).json()
+        assert (shown["file"], shown["held"]) == ("", [])
+        assert opened(path, None) == "content"
 
     play(world, scene)
 

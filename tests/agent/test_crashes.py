@@ -4,12 +4,17 @@ everything on its host, and begun anew. A controller carries questions as the re
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from doubles.carrier import Carrier, move
 from doubles.hosts import World
 from sealift.domain.move import MoveState, MoveStatus
+from sealift.domain.vm import Disk
+from support.vm_files import file_of, keys
 
 
 def test_a_move_that_nothing_disturbs(world: World) -> None:
@@ -45,6 +50,11 @@ def judge_world(world: World, carrier: Carrier, lose: str) -> list[str]:
         left = list((host.settings.run_directory / "moves").glob("*"))
         if left:
             found.append(f"host {host.name} has leftovers {left}")
+    for host in (world.a, world.b):
+        if carrier.over() and bool(host.vms.files.read(world.config.uuid)) is not (
+            host.vms.has(world.config.uuid) and bool(world.file)
+        ):
+            found.append(f"host {host.name} has the VM and not its file, or its file and not the VM; {told}")
     if MoveState.CRASHED not in (source, target):
         if running == ["b"] and target is not MoveState.DONE:
             found.append(f"it runs at b; {told}")
@@ -56,13 +66,28 @@ def judge_world(world: World, carrier: Carrier, lose: str) -> list[str]:
     return found
 
 
+def encrypt(world: World, directory: Path) -> World:
+    """The same with an encrypted VM."""
+    disk = Disk(str(directory / "disk"), "qcow2", uuid4())
+    Path(disk.path).touch()
+    world.config = replace(world.config, disks=(disk,))
+    world.hardware = replace(world.hardware, config=world.config)
+    world.file, world.deks = file_of(world.config, 1), keys(*world.config.deks)
+    return world
+
+
 @pytest.mark.parametrize("lose", ["", "relays", "everything"])
 @pytest.mark.parametrize("killed", [0, 1], ids=["source", "target"])
-def test_an_agent_killed_at_any_moment(worlds: Callable[[], World], killed: int, lose: str) -> None:
-    _, did = move(worlds())
+def test_an_agent_killed_at_any_moment(worlds: Callable[[], World], tmp_path: Path, killed: int, lose: str) -> None:
+    """Of an encrypted VM where there is least else to see, since that is a VM in clear and more."""
+
+    def made() -> World:
+        return worlds() if lose else encrypt(worlds(), tmp_path)
+
+    _, did = move(made())
     wrong = {}
     for number, what in enumerate(did[killed], start=1):
-        world = worlds()
+        world = made()
         carrier, _ = move(world, at=(number, 0) if killed == 0 else (0, number), lose=lose)
         if found := judge_world(world, carrier, lose):
             wrong[f"{number}: {what}"] = found

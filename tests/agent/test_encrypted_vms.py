@@ -50,13 +50,14 @@ class Scene:
         self.keys = keys(*self.config.deks)
         self.file = file_of(self.config, 7)
         world.config, world.hardware = self.config, replace(world.hardware, config=self.config)
+        world.file = self.file
 
     @property
     def vm(self) -> UUID:
         return self.config.uuid
 
     def order(self, **changes: Any) -> MoveOrder:
-        return self.world.order(**{"file": self.file.decode("latin-1")} | changes)
+        return self.world.order(**changes)
 
     async def define(self, host: Host) -> None:
         await host.vms.define(self.config, file=self.file.decode("latin-1"), made_by_conversion=False)

@@ -33,7 +33,7 @@ class Carrier:
     async def carry_out(self) -> None:
         world, order = self.world, self.order
         with suppress(Killed, SealiftError):
-            await world.b.moves.take_target(order, secret(), {})
+            await world.b.moves.take_target(order, secret(), world.deks)
             await self.revive()
             with suppress(Killed, SealiftError):
                 await world.a.moves.take_source(order, secret())

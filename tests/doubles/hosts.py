@@ -411,6 +411,11 @@ class FusedJournal(Journal):
         super().drop_vm(vm)
         self.fuse.point("after dropping the VM")
 
+    def note_file(self, vm: UUID, generation: int, sha256: str) -> None:
+        self.fuse.point("before noting the file")
+        super().note_file(vm, generation, sha256)
+        self.fuse.point("after noting the file")
+
     def put_conversion(self, row: ConversionRow) -> None:
         self.fuse.point(f"before journaling conversion {row.status.state.value}")
         super().put_conversion(row)
@@ -498,6 +503,7 @@ class World:
         self.dress: Callable[[Qemu], None] = lambda qemu: None  # what is special about a QEMU, as it is made
         self.config = VmConfig("web", uuid4(), 1, 64 << 20)
         self.hardware = HardwareRecord(1, self.config, "pc-q35-7.2", "max", Accelerator.TCG, {}, "7.2.22")
+        self.file, self.deks = b"", dict[UUID, Secret]()  # of an encrypted VM
         self.a, self.b = Host("a", directory), Host("b", directory)
 
     async def begin(self) -> None:
@@ -526,6 +532,7 @@ class World:
             "options": MoveOptions(),
             "limits": ChannelLimits(),
             "hardware": self.hardware,
+            "file": self.file.decode("latin-1"),
         }
         return MoveOrder(**fields | changes)
 
