@@ -5,6 +5,7 @@ Keys are plain bytes here, so that a test can look for them where they must not 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -108,6 +109,7 @@ class FakeVault:
     orders: list[tuple[ConversionOrder, dict[UUID, bytes]]] = field(default_factory=list)
     came_with_orders: list[dict[UUID, bytes]] = field(default_factory=list)
     handed_out: list[UUID] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     # What happens on the way
 
@@ -132,6 +134,13 @@ class FakeVault:
                 each.status = replace(
                     each.status, state=C.FAILED, error_slug="conversion_failed", error="the agent was restarted"
                 )
+
+    async def until(self, done: Callable[[], bool]) -> None:
+        """Wait until ``done`` holds; looks again whenever keys were handed out."""
+        async with asyncio.timeout(10):
+            while not done():
+                self.changed.clear()
+                await self.changed.wait()
 
     def seen(self, status: VmStatus) -> VmStatus:
         """The status with what is known of keys and file."""
@@ -184,6 +193,7 @@ class FakeVault:
             fenced(vm, request)
             self.held[vm] = {dek_id: dek.reveal() for dek_id, dek in decode_keys(await request.body()).items()}
             self.handed_out.append(vm)
+            self.changed.set()
 
         @app.post("/v1/vms/{vm}/keys/forget", status_code=204)
         async def forget_keys(vm: UUID, request: Request) -> None:

@@ -93,6 +93,17 @@ class Planner:
         plan.findings.sort(key=lambda finding: finding.severity != "error")
         return plan
 
+    async def plan_shallow(self, vm: VmRow, host: HostRow, provider: str | None) -> ConversionPlan:
+        """The same for a new KEK around the same disk keys: the VM may run, and its images are not touched."""
+        plan = ConversionPlan([])
+        if vm.encrypted:
+            await self._open_old(plan, vm, host, await _status(self.inventory.link(host), vm))
+        else:
+            text = f"VM {vm.name} is not encrypted"
+            plan.findings.append(Finding("error", text, f"`sealift vm encrypt {vm.name}` encrypts it"))
+        await self._find_new(plan, vm, provider)
+        return plan
+
     async def _open_old(self, plan: ConversionPlan, vm: VmRow, host: HostRow, status: VmStatus | None) -> None:
         keys = self.inventory.keys
         try:

@@ -16,11 +16,10 @@ from sealift.controller.conversions import PLANNED, REFUSED, ConversionWish, new
 from sealift.controller.inventory import Inventory
 from sealift.controller.models import ConversionRow, HostRow, VmRow
 from sealift.controller.new_vm import CONFIG, new_vm, parse_new, require_new
-from sealift.controller.rekey import AT_ONCE, RekeyedVm, Rekeying
+from sealift.controller.rekey import AT_ONCE, RekeyedVm, Rekeying, not_locked_out
 from sealift.controller.sights import SeenVm
 from sealift.controller.unlocking import restore_file
 from sealift.controller.vm_keys import draw_deks, write_file
-from sealift.domain.checks import Finding
 from sealift.domain.conversion import ConversionKind, ConversionOrder, ConversionState, ConversionStatus
 from sealift.domain.deks import Deks, wipe
 from sealift.domain.vm import VmConfig
@@ -71,12 +70,15 @@ class Encryption:
         took the new file: that is settled as soon as it answers.
         """
         wish = ConversionWish(ConversionKind.REKEY, deep, verify, asked_by)
-        if deep or dry_run:
+        if deep:
             return await self._convert(wish, name, provider, dry_run=dry_run)
         async with self._inventory.turn(name) as (vm, host):
+            if dry_run:
+                plan = await self._planner.plan_shallow(vm, host, provider)
+                wipe(plan.deks)
+                plan.findings.append(not_locked_out(vm))
+                return _record(wish, vm, host, plan)
             row = await self._rekeying.begin(wish, vm, host, provider)
-            row.findings = [vars(_not_locked_out(row))]
-            await self._tools.records.note(row.id, {"findings": row.findings})
             try:
                 return await self._rekeying.settle(row, self._inventory.link(host))
             except SealiftError:
@@ -179,6 +181,10 @@ class Encryption:
         else:
             self._begin(row, None)
 
+    async def idle(self) -> None:
+        """Wait until nothing that was begun is under way any more."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     async def stop(self) -> None:
         """Stop watching; the hosts go on, and the next life of the controller finds them again."""
         tasks = list(self._tasks)
@@ -279,12 +285,3 @@ def _file(row: ConversionRow, vm: VmRow, after: VmConfig, deks: Deks, kek: Secre
         return write_file(after, deks, kek=kek, provider=row.provider, key_id=row.key_id, generation=vm.generation + 1)
     finally:
         kek.wipe()
-
-
-def _not_locked_out(row: ConversionRow) -> Finding:
-    return Finding(
-        "warning",
-        f"the disks' own keys are as before: whoever copied the old configuration file of VM {row.vm_name} and can "
-        f"still get its old key {row.old_key_id} from key provider {row.old_provider} is not locked out",
-        f"`sealift vm rekey --deep {row.vm_name}` while it is stopped locks them out; then destroy the old key there",
-    )

@@ -21,6 +21,7 @@ from sealift.controller.models import ConversionRow, HostRow, VmRow
 from sealift.controller.new_vm import CONFIG
 from sealift.controller.providers import Providers
 from sealift.controller.vm_keys import own_file, unwrap_all, write_file
+from sealift.domain.checks import Finding
 from sealift.domain.conversion import ConversionState
 from sealift.domain.deks import wipe
 from sealift.errors import Conflict, NotFound, SealiftError, Unreachable
@@ -64,6 +65,7 @@ class Rekeying:
         await self._providers.require_usable(new_provider)
         row = new_row(wish, vm, host)
         row.state, row.provider = ConversionState.SWAPPING.value, new_provider
+        row.findings = [vars(not_locked_out(vm))]
         old_kek, _ = await self._tools.inventory.keys.kek(vm)
         keyring = self._tools.inventory.keys.keyring
         try:
@@ -122,6 +124,16 @@ class Rekeying:
         """The VMs whose KEK is at a provider, by name."""
         async with self._tools.inventory.events.reading() as session:
             return list(await session.scalars(select(VmRow).where(VmRow.provider == provider).order_by(VmRow.name)))
+
+
+def not_locked_out(vm: VmRow) -> Finding:
+    """What a shallow rekey does not do."""
+    return Finding(
+        "warning",
+        f"the disks' own keys stay as they are: whoever copied the old configuration file of VM {vm.name} and can "
+        f"still get its old key {vm.key_id} from key provider {vm.provider} is not locked out",
+        f"`sealift vm rekey --deep {vm.name}` while it is stopped locks them out; then destroy the old key there",
+    )
 
 
 def _write(vm: VmRow, row: ConversionRow, old_kek: Secret, kek: Secret) -> bytes:

@@ -1,0 +1,463 @@
+"""Encrypting, decrypting and deep-rekeying at the controller, against hosts whose conversions are scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pytest
+
+from doubles.vault import ConversionScript, failing, forms_of, straight, stuck
+from sealift.controller.models import ConversionRow
+from sealift.controller.provider_ask import ProviderAsk
+from sealift.domain.conversion import ConversionState, DiskFacts
+from sealift.domain.policy import MigrateEncryption
+from sealift.domain.vm import VmState
+from sealift.errors import AlreadyExists, Conflict, DatastoreFull, HostUnreachable, NotFound
+from sealift.keys import bundle
+from sealift.keys.provider import KeyState
+from sealift.secret import Secret
+from support.encrypted_world import TOML, World, with_world
+
+C = ConversionState
+
+
+async def keys_of(world: World, name: str = "vm1") -> tuple[bytes, dict[UUID, bytes]]:
+    """The KEK and the DEKs of a VM, in clear."""
+    row = await world.row(name)
+    kek, _ = await world.services.inventory.keys.kek(row)
+    deks, _ = await world.services.inventory.keys.deks(row)
+    return kek.reveal(), {dek_id: dek.reveal() for dek_id, dek in deks.items()}
+
+
+def test_an_encryption_goes_all_the_way(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.define()
+        fence = (await world.row()).fence
+        row = await world.encrypt()
+        assert (await world.shown()).conversion == row.id
+        with pytest.raises(Conflict, match="encrypt of VM vm1 is under way"):
+            await world.services.inventory.start_vm("vm1", asked_by="ann")
+        row = await world.finished(row)
+        assert (row.state, row.kind, row.provider, row.done_bytes, row.total_bytes) == (
+            "done",
+            "encrypt",
+            "home",
+            1000,
+            1000,
+        )
+        kek, deks = await keys_of(world)
+        [(order, keys)] = world.a.vault.orders
+        now = await world.row()
+        assert (order.fence, now.fence, order.verify) == (fence + 1, fence + 1, "sample")
+        assert keys == deks
+        assert len(set(deks.values())) == 2
+        assert order.config.deks == tuple(deks)
+        file = order.file.encode("latin-1")
+        found, config = bundle.read(file)
+        assert (found.generation, found.provider, found.key_id, found.vm) == (1, "home", row.key_id, vm)
+        assert config == order.config
+        assert bundle.authentic(file, Secret(kek, length=32))
+        assert now.config_file == world.a.vault.files[vm] == file
+        assert await world.key_state(row.key_id) is KeyState.ACTIVE
+        shown = await world.shown()
+        assert (shown.encrypted, shown.conversion, shown.migrate_encryption) == (True, None, MigrateEncryption.REQUIRED)
+        assert shown.migrate_encryption_before is MigrateEncryption.OPPORTUNISTIC
+        sight = await world.sight()
+        assert (sight.state, sight.provider, sight.key_id, sight.generation) == ("ok", "home", row.key_id, 1)
+        assert not world.a.vault.conversions
+        [event] = await world.happened("vm.encrypted")
+        assert row.key_id in event.text
+
+    with_world(tmp_path, story)
+
+
+def test_decrypted_it_still_has_to_move_sealed_until_somebody_says_otherwise(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted()
+        key_id = (await world.row()).key_id
+        for setting in (MigrateEncryption.DISABLED, MigrateEncryption.OPPORTUNISTIC):
+            with pytest.raises(Conflict, match="always moves sealed"):
+                await world.services.inventory.set_policy("vm1", setting, asked_by="ann")
+        await world.services.inventory.set_policy("vm1", MigrateEncryption.REQUIRED, asked_by="ann")
+        world.b.vault.held[vm] = dict(world.a.vault.held[vm])  # it has been there once
+        old = world.a.vault.held[vm]
+        row = await world.finished(await world.decrypt())
+        assert (row.state, row.old_key_id, row.key_id) == ("done", key_id, "")
+        order, keys = world.a.vault.orders[-1]
+        assert (order.file, order.config.deks, order.verify) == ("", (), "full")
+        assert keys == old
+        now = await world.row()
+        assert (now.encrypted, now.config_file, now.provider, now.key_id) == (False, None, None, None)
+        assert now.generation == 1
+        assert vm not in world.b.vault.held
+        shown = await world.shown()
+        assert (shown.migrate_encryption.value, shown.encryption) == ("required", None)
+        assert shown.migrate_encryption_before is MigrateEncryption.OPPORTUNISTIC
+        await world.finished(await world.encrypt())
+        assert (await world.row()).setting_before == "opportunistic"
+        assert (await world.row()).generation == 2
+        await world.finished(await world.decrypt())
+        await world.services.inventory.set_policy("vm1", MigrateEncryption.DISABLED, asked_by="ann")
+        assert (await world.shown()).migrate_encryption_before is None
+
+    with_world(tmp_path, story)
+
+
+def test_a_deep_rekey_has_new_keys_throughout(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted()
+        kek, deks = await keys_of(world)
+        key_id = (await world.row()).key_id
+        await world.provide("other")
+        world.b.vault.held[vm] = dict(deks)
+        row = await world.finished(await world.rekey(provider="other", deep=True))
+        assert (row.state, row.old_provider, row.old_key_id, row.provider) == ("done", "home", key_id, "other")
+        new_kek, new_deks = await keys_of(world)
+        assert new_kek != kek
+        assert not set(deks) & set(new_deks)
+        assert not set(deks.values()) & set(new_deks.values())
+        assert world.a.vault.orders[-1][1] == {**deks, **new_deks}
+        assert world.a.vault.held[vm] == new_deks
+        assert vm not in world.b.vault.held
+        assert (await world.row()).generation == 2
+        assert "not locked out" not in (await world.happened("vm.rekeyed"))[0].text
+
+    with_world(tmp_path, story)
+
+
+def test_what_fails_at_the_host_changes_nothing(tmp_path: Path) -> None:
+    async def fails(world: World, begin: Callable[[], Awaitable[ConversionRow]]) -> None:
+        before = vars(await world.row()).copy()
+        row = await world.finished(await begin())
+        assert (row.state, row.error_slug, row.todo) == ("failed", "datastore_full", "make room")
+        assert "a: there is no room" in row.error
+        now = vars(await world.row()).copy()
+        assert {**before, "fence": 0, "_sa_instance_state": 0} == {**now, "fence": 0, "_sa_instance_state": 0}
+        if row.key_id:
+            assert await world.key_state(row.key_id) is KeyState.DESTROYED
+        assert not world.a.vault.conversions
+        assert (await world.happened("conversion.failed"))[-1].slug == "datastore_full"
+
+    async def story(world: World) -> None:
+        await world.define()
+        world.a.vault.script = failing()
+        await fails(world, world.encrypt)
+        world.a.vault.script = straight
+        await world.finished(await world.encrypt())
+        world.a.vault.script = failing()
+        await fails(world, world.decrypt)
+        await fails(world, lambda: world.rekey(deep=True))
+        assert await world.key_state((await world.row()).key_id or "") is KeyState.ACTIVE
+
+    with_world(tmp_path, story)
+
+
+def test_cancelled_by_a_person(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.define()
+        world.a.vault.script = stuck()
+        row = await world.encrypt()
+        await world.services.encryption.cancel(row.id, asked_by="ann")
+        row = await world.finished(row)
+        assert (row.state, row.error_slug) == ("cancelled", "conversion_cancelled")
+        assert await world.key_state(row.key_id) is KeyState.DESTROYED
+        with pytest.raises(Conflict):
+            await world.services.encryption.cancel(row.id, asked_by="ann")
+        with pytest.raises(NotFound):
+            await world.services.encryption.cancel(uuid4(), asked_by="ann")
+        world.a.vault.script = stuck(C.SWAPPING)
+        row = await world.encrypt()
+        await world.until(row, lambda now: now.state == "swapping")
+        with pytest.raises(Conflict, match="swapping"):
+            await world.services.encryption.cancel(row.id, asked_by="ann")
+
+    with_world(tmp_path, story)
+
+
+def test_an_answer_that_got_lost_and_an_order_that_did(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.define()
+        world.a.vault.drop = {"convert"}
+        row = await world.finished(await world.encrypt())
+        assert (row.state, row.error_slug) == ("failed", "conversion_failed")
+        assert "got lost" in row.error
+        assert row.id in world.a.vault.ended_before, "it is refused should it still come"
+        assert await world.key_state(row.key_id) is KeyState.DESTROYED
+        world.a.vault.drop, world.a.vault.lose = set(), {"convert"}
+        assert (await world.finished(await world.encrypt())).state == "done"
+
+    with_world(tmp_path, story)
+
+
+def test_an_order_that_the_host_refuses(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.define()
+        world.a.vault.refuse = DatastoreFull("full since then", todo="make room")
+        row = await world.finished(await world.encrypt())
+        assert (row.state, row.error_slug, row.error, row.todo) == (
+            "failed",
+            "datastore_full",
+            "full since then",
+            "make room",
+        )
+        assert await world.key_state(row.key_id) is KeyState.DESTROYED
+        assert not (await world.row()).encrypted
+
+    with_world(tmp_path, story)
+
+
+def test_a_key_is_never_destroyed_where_an_image_might_be_under_it(tmp_path: Path) -> None:
+    """The host's journal was lost after the swap: it knows nothing of the order, and has the new images."""
+
+    async def story(world: World) -> None:
+        vm = await world.define()
+        world.a.vault.script = stuck(C.SWAPPING)
+        row = await world.encrypt()
+        await world.until(row, lambda now: now.state == "swapping")
+        [conversion] = world.a.vault.conversions.values()
+        world.a.vms[vm] = replace(world.a.vms[vm], config=conversion.order.config)
+        world.a.vault.conversions.clear()
+        row = await world.finished(row)
+        assert row.state == "failed"
+        assert await world.key_state(row.key_id) is KeyState.ACTIVE
+        [event] = await world.happened("conversion.key_left")
+        assert row.key_id in event.text
+
+    with_world(tmp_path, story)
+
+
+RESTARTS: dict[str, tuple[ConversionState, ConversionScript, str]] = {
+    # VM: where its conversion stands when the controller ends, what its host goes on with, and how it must end.
+    "copied-on": (C.COPYING, straight, "done"),
+    "verified-on": (C.VERIFYING, lambda order: straight(order)[1:], "done"),
+    "swapped-on": (C.SWAPPING, lambda order: straight(order)[2:], "done"),
+    "done-meanwhile": (C.COPYING, lambda order: [{"state": C.DONE}], "done"),
+    "failed-meanwhile": (C.COPYING, failing(), "failed"),
+    "cancelled-by-nobody": (C.COPYING, failing(C.CANCELLED), "failed"),
+}
+
+
+def test_a_restart_of_the_controller_in_any_state_loses_nothing(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.a.vault.script = lambda order: stuck(RESTARTS[order.config.name][0])(order)
+        rows = {}
+        for name, (state, _, _) in RESTARTS.items():
+            await world.define(name)
+            row = rows[name] = await world.encrypt(name)
+            await world.until(
+                row, lambda now, state=state: now.state == state.value and now.id in world.a.vault.conversions
+            )
+        await world.services.close()
+        for conversion in world.a.vault.conversions.values():
+            conversion.script = RESTARTS[conversion.order.config.name][1](conversion.order)
+        await world.begin()
+        for name, (_, _, end) in RESTARTS.items():
+            row = await world.finished(rows[name])
+            assert row.state == end, name
+            now = await world.row(name)
+            assert now.encrypted == (end == "done")
+            if end == "done":
+                assert now.config_file == world.a.vault.files[now.uuid]
+                assert (await world.services.inventory.start_vm(name, asked_by="ann")).status is not None
+            else:
+                assert await world.key_state(row.key_id) is KeyState.DESTROYED
+        assert len(world.a.vault.orders) == len(RESTARTS), "an order is never sent again"
+
+    with_world(tmp_path, story)
+
+
+def test_a_restart_before_the_order_was_sent(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.define()
+        world.a.vault.drop = {"convert"}
+        row = await world.encrypt()
+        await world.services.close()
+        world.a.vault.drop = set()
+        await world.begin()
+        row = await world.finished(row)
+        assert row.state == "failed"
+        assert "restarted" in row.error
+        assert not world.a.vault.orders
+        assert (await world.finished(await world.encrypt())).state == "done"
+
+    with_world(tmp_path, story)
+
+
+def test_everything_against_it_at_once_and_nothing_was_made(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.define(running=True)
+        await world.services.providers.add(ProviderAsk("raw", "native"), asked_by="ann")
+        world.a.aes = False
+        world.a.vault.images["/store/vm1-0"] = DiskFacts("", True, 1 << 30, 1 << 30, 1 << 29, "zfs", True)
+        world.a.vault.images["/store/vm1-1"] = DiskFacts("", True, 1 << 30, 1 << 30, 1 << 29, "zfs", True, snapshots=2)
+        for dry_run in (True, False):
+            row = await world.services.encryption.encrypt(
+                "vm1", "raw", verify="sample", dry_run=dry_run, asked_by="ann"
+            )
+            assert row.state == "refused"
+            errors = [found["text"] for found in row.findings if found["severity"] == "error"]
+            warnings = [found["text"] for found in row.findings if found["severity"] == "warning"]
+            for words in ("vm1 is running", "2 internal snapshots", "512 MiB free", "never exported"):
+                assert sum(words in text for text in errors) == 1, words
+                assert words in row.error
+            for words in ("does not shrink", "no AES instructions", "cannot be erased for sure"):
+                assert any(words in text for text in warnings), words
+        assert await world.services.conversions.all() == []
+        assert (await world.row()).fence == 1
+        assert not world.a.vault.orders
+        await world.services.inventory.stop_vm("vm1", force=True, asked_by="ann")
+        world.a.vault.images.clear()
+        row = await world.services.encryption.encrypt("vm1", None, verify="sample", dry_run=True, asked_by="ann")
+        assert (row.state, row.finished_at) == ("planned", None)
+        await world.away()
+        row = await world.services.encryption.encrypt("vm1", None, verify="sample", dry_run=True, asked_by="ann")
+        assert row.state == "refused"
+        assert "home" in row.error
+        assert await world.services.conversions.all() == []
+
+    with_world(tmp_path, story)
+
+
+def test_the_vm_that_runs_the_controller_is_not_encrypted(tmp_path: Path) -> None:
+    machine = uuid4()
+
+    async def story(world: World) -> None:
+        for name, line in (("c1", 'role = "controller"'), ("c2", f'uuid = "{machine}"')):
+            text = TOML.format(name=name).replace("vcpus", f"{line}\nvcpus")
+            await world.services.inventory.create_vm("a", text, asked_by="ann")
+            row = await world.services.encryption.encrypt(name, None, verify="sample", dry_run=False, asked_by="ann")
+            assert row.state == "refused"
+            assert "could not unlock itself" in row.error
+
+    with_world(tmp_path, story, machine=machine)
+
+
+async def create(world: World, text: str) -> str:
+    """Create a VM that is to be encrypted; the state of its record."""
+    row = await world.services.encryption.create("a", text, None, verify="sample", asked_by="ann")
+    return row.state if row.finished_at is not None else (await world.finished(row)).state
+
+
+def test_created_encrypted_or_not_at_all(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        text = TOML.format(name="vm1").replace('format = "raw"', 'format = "raw"\nsize = "1GiB"')
+        world.a.vault.images["/store/vm1-0"] = DiskFacts("", free_bytes=8 << 30, filesystem="ext4")
+        world.a.vault.script = failing()
+        assert await create(world, text) == "failed"
+        assert not world.a.vms
+        with pytest.raises(NotFound):
+            await world.row()
+        assert "was removed" in (await world.happened("conversion.failed"))[0].text
+        world.a.vault.script = straight
+        assert await create(world, text) == "done"
+        vm = (await world.row()).uuid
+        assert world.a.vault.made_by_conversion == {vm: True} | dict.fromkeys(world.a.vault.made_by_conversion, True)
+        assert (await world.sight()).state == "ok"
+        assert (await world.services.inventory.start_vm("vm1", asked_by="ann")).status is not None
+        with pytest.raises(AlreadyExists):
+            await create(world, text)
+        world.a.vault.images["/store/vm2-0"] = DiskFacts("", block_device=True, exists=True)
+        assert await create(world, TOML.format(name="vm2")) == "refused"
+        assert len(world.a.vms) == 1
+
+    with_world(tmp_path, story)
+
+
+def test_a_definition_that_the_host_refuses_or_does_not_answer(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        other = uuid4()
+        world.a.run(replace(world.a.vms[await world.define("x")].config, uuid=other, name="theirs"))
+        text = TOML.format(name="vm1").replace("vcpus", f'uuid = "{other}"\nvcpus')
+        with pytest.raises(AlreadyExists):
+            await create(world, text)
+        assert world.a.vms[other].state is VmState.RUNNING
+        [row] = await world.services.conversions.all()
+        assert (row.state, row.error_slug) == ("failed", "already_exists")
+        assert await world.key_state(row.key_id) is KeyState.DESTROYED
+        world.a.vault.lose = {"define"}
+        with pytest.raises(HostUnreachable):
+            await create(world, TOML.format(name="vm1"))
+        world.a.vault.lose = set()
+        await world.finished((await world.services.conversions.all())[0])
+        assert "vm1" not in {status.name for status in world.a.vms.values()}
+        with pytest.raises(NotFound):
+            await world.row()
+
+    with_world(tmp_path, story)
+
+
+def test_no_key_is_left_anywhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In no file of the controller but the provider's own, in no log, no event, no answer."""
+    keys: list[bytes] = []
+    texts: list[str] = []
+
+    async def story(world: World) -> None:
+        await world.encrypted(running=True)
+        keys.extend([(await keys_of(world))[0], *(await keys_of(world))[1].values()])
+        await world.rekey()
+        await world.services.inventory.stop_vm("vm1", force=True, asked_by="ann")
+        await world.finished(await world.rekey(deep=True))
+        keys.extend([(await keys_of(world))[0], *(await keys_of(world))[1].values()])
+        world.a.vault.restart()
+        await world.services.keeper.look()
+        world.a.vault.script = failing()
+        await world.finished(await world.decrypt())
+        world.a.vault.drop = {"convert"}
+        row = await world.finished(await world.decrypt())
+        texts.append(repr(row) + repr(vars(await world.row())) + (await world.shown()).model_dump_json())
+        texts.extend(event.text for event in await world.services.events.after(0))
+
+    with caplog.at_level(logging.DEBUG):
+        with_world(tmp_path, story)
+    out = capfd.readouterr()
+    spoken = "\n".join([*texts, caplog.text, out.out, out.err]).encode()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "controller.db" for path in files)
+    assert len(set(keys)) == 6
+    for key in keys:
+        for form in forms_of(key):
+            assert form not in spoken
+            for path in files:
+                assert form not in path.read_bytes(), path
+
+
+def test_the_keys_of_an_order_are_wiped_when_it_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Secret] = []
+
+    async def story(world: World) -> None:
+        from sealift.controller.link import AgentLink
+
+        convert = AgentLink.convert
+
+        async def seen(self: AgentLink, order: object, deks: dict[UUID, Secret]) -> object:
+            sent.extend(deks.values())
+            return await convert(self, order, deks)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(AgentLink, "convert", seen)
+        await world.encrypted()
+        await world.finished(await world.rekey(deep=True))
+
+    with_world(tmp_path, story)
+    assert len(sent) == 6
+    for dek in sent:
+        with pytest.raises(ValueError, match="wiped"):
+            dek.reveal()
+
+
+def test_many_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        names = [f"vm{number}" for number in range(4)]
+        for name in names:
+            await world.define(name)
+        rows = await asyncio.gather(*(world.encrypt(name) for name in names))
+        assert {(await world.finished(row)).state for row in rows} == {"done"}
+        assert len({(await world.row(name)).key_id for name in names}) == 4
+
+    with_world(tmp_path, story)

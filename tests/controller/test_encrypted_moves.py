@@ -1,0 +1,130 @@
+"""Moves of encrypted VMs: always sealed, planned with the keys in hand, the keys only to the target."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from sealift.controller.models import MigrationRow, VmRow
+from sealift.domain.move import Role
+from sealift.domain.policy import MigrateEncryption
+from support.encrypted_world import World, with_world
+from support.moves import finished, wish
+
+
+async def move(world: World, to: str) -> MigrationRow:
+    """Move vm1; the record at its end."""
+    row = await world.services.orchestrator.request(wish(to=to))
+    return row if row.finished_at is not None else await finished(world.services, row.id)
+
+
+def test_the_target_gets_the_keys_and_the_file_and_the_source_neither_key(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted(running=True)
+        held, file = dict(world.a.vault.held[vm]), world.a.vault.files[vm]
+        row = await move(world, "b")
+        assert (row.state, row.protection) == ("done", "sealed")
+        assert "the VM is encrypted" in row.reason
+        assert [role for role, _ in world.a.orders + world.b.orders] == [Role.SOURCE, Role.TARGET]
+        assert world.b.orders[0][1].file.encode("latin-1") == file
+        assert world.a.vault.came_with_orders == [{}]
+        assert world.b.vault.came_with_orders == [held]
+        assert world.b.vault.held[vm] == held
+        assert world.b.vault.files[vm] == file
+        assert (await world.shown()).host == "b"
+        assert (await world.sight()).state == "ok"
+        dry = await world.services.orchestrator.rehearse(wish(to="a"))
+        assert (dry.state, dry.protection, dry.findings) == ("planned", "sealed", [])
+
+    with_world(tmp_path, story)
+
+
+def test_it_never_moves_plain(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted(running=True)
+        async with world.services.events.transaction() as session:  # whatever its row may say
+            (await session.get_one(VmRow, vm)).migrate_encryption = MigrateEncryption.DISABLED.value
+        world.b.sealed = False
+        row = await move(world, "b")
+        assert row.state == "refused"
+        assert "the VM is encrypted" in row.error
+        assert not world.a.orders + world.b.orders
+
+    with_world(tmp_path, story)
+
+
+def test_with_the_provider_away_it_moves_to_where_it_has_been_and_nowhere_else(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted(running=True)
+        key_id = (await world.row()).key_id
+        await world.away()
+        row = await move(world, "b")
+        assert (row.state, row.error_slug) == ("refused", "plan_refused")
+        for word in (key_id or "?", "key provider home", "does not hold the keys"):
+            assert word in row.error
+        assert not world.a.orders + world.b.orders
+        await world.back()
+        assert (await move(world, "b")).state == "done"
+        await world.away()
+        row = await move(world, "a")
+        assert row.state == "done"
+        [finding] = row.findings
+        assert finding["severity"] == "warning"
+        for word in (key_id or "?", "key provider home", "holds the keys of its disks already"):
+            assert word in finding["text"]
+        assert world.a.vault.came_with_orders[-1] == {}
+        assert len(world.a.vault.held[vm]) == 2
+
+    with_world(tmp_path, story)
+
+
+def test_a_key_that_is_not_active_goes_to_nobody(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted(running=True)
+        key_id = (await world.row()).key_id
+        for state in ("pre-active", "destroyed"):
+            book = sqlite3.connect(world.state / "providers" / "home" / "keys.db")
+            with book:
+                book.execute("UPDATE keys SET state = ?", (state,))
+            book.close()
+            row = await move(world, "b")
+            assert row.state == "refused"
+            for word in (key_id or "?", "home", state):
+                assert word in row.error
+        assert not world.a.orders + world.b.orders
+        world.b.vault.held[vm] = dict(world.a.vault.held[vm])
+        row = await move(world, "b")
+        assert row.state == "done"
+        assert "destroyed" in row.findings[0]["text"]
+        assert world.b.vault.came_with_orders == [{}]
+
+    with_world(tmp_path, story)
+
+
+def test_a_tampered_vm_does_not_move(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted(running=True)
+        world.a.vault.files[vm] = world.a.vault.files[vm].replace(b"vcpus = 1", b"vcpus = 2")
+        row = await move(world, "b")
+        assert row.state == "refused"
+        assert "+ vcpus = 2" in row.error
+        assert not world.a.orders + world.b.orders
+
+    with_world(tmp_path, story)
+
+
+def test_one_that_only_its_host_knows_to_be_encrypted_does_not_move(tmp_path: Path) -> None:
+    """The controller's database is an older one, put back from a backup."""
+
+    async def story(world: World) -> None:
+        vm = await world.encrypted(running=True)
+        async with world.services.events.transaction() as session:
+            row = await session.get_one(VmRow, vm)
+            row.encrypted, row.config_file, row.provider, row.key_id, row.generation = False, None, None, None, 0
+            row.migrate_encryption = MigrateEncryption.DISABLED.value
+        migration = await move(world, "b")
+        assert migration.state == "refused"
+        assert "the controller knows no keys of it" in migration.error
+        assert not world.a.orders + world.b.orders
+
+    with_world(tmp_path, story)

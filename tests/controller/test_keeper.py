@@ -1,0 +1,146 @@
+"""The keeper: hosts that lost keys get them again, VMs lock and unlock by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+from support.controllers import FAST
+from support.encrypted_world import World, with_world
+
+EAGER = replace(FAST, keep_s=0.02)
+
+
+def test_a_restarted_agent_has_its_keys_back_before_anybody_asks(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        running, stopped = await world.encrypted("vm1", running=True), await world.encrypted("vm2")
+        clear = await world.define("vm3")
+        held = dict(world.a.vault.held)
+        world.a.vault.restart()
+        await world.a.vault.until(lambda: world.a.vault.held == held)
+        assert sorted(world.a.vault.handed_out, key=str) == sorted([running, stopped], key=str)
+        assert clear not in world.a.vault.held
+        assert not await world.happened("vm.locked")
+
+    with_world(tmp_path, story, pace=EAGER)
+
+
+def test_nobody_is_asked_for_a_key_while_the_hosts_have_what_they_need(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.encrypted()
+        await world.away()
+        await world.services.keeper.look()
+        assert not await world.happened("key_provider.unreachable")
+        assert (await world.sight()).state == "ok"
+
+    with_world(tmp_path, story)
+
+
+def test_vms_lock_with_their_provider_away_and_unlock_when_it_is_back(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        stopped, running = await world.encrypted("vm1"), await world.encrypted("vm2", running=True)
+        key_id = (await world.row()).key_id
+        keeper = world.services.keeper
+        await world.away()
+        world.a.vault.restart()
+        for _ in range(2):
+            await keeper.look()
+        sight = await world.sight()
+        assert sight.state == "locked"
+        for word in ("vm1", "home", key_id or "?"):
+            assert word in sight.message
+        [event] = await world.happened("vm.locked")
+        assert (event.vm, event.slug) == ("vm1", "vm_locked")
+        # One that runs is not locked: it goes on, and people see what it would lack.
+        sight = await world.sight("vm2")
+        assert sight.state == "ok"
+        assert "lost its keys" in sight.message
+        # It stops, and is locked from then on.
+        await world.services.inventory.stop_vm("vm2", force=True, asked_by="ann")
+        await keeper.look()
+        assert (await world.sight("vm2")).state == "locked"
+        assert len(await world.happened("vm.locked")) == 2
+        await world.back()
+        await keeper.look()
+        assert {(await world.sight(name)).state for name in ("vm1", "vm2")} == {"ok"}
+        assert {(await world.sight(name)).message for name in ("vm1", "vm2")} == {""}
+        assert sorted(event.vm or "" for event in await world.happened("vm.unlocked")) == ["vm1", "vm2"]
+        assert {stopped, running} == set(world.a.vault.held)
+
+    with_world(tmp_path, story)
+
+
+def test_a_provider_that_is_added_again_unlocks_at_once(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.encrypted()
+        native = await world.services.providers.open("home")
+        kdk = await native.derivation_key()  # type: ignore[attr-defined]
+        await world.services.providers.remove("home", force=True, asked_by="ann")
+        world.a.vault.restart()
+        await world.services.keeper.look()
+        assert (await world.sight()).state == "locked"
+        from sealift.secret import Secret
+        from support.age import cheap_export
+
+        words = Secret(b"some words that open it", length=23)
+        file = cheap_export("home", kdk, words)
+        added = await world.services.providers.import_(file, words, default=False, asked_by="ann")
+        assert added.unlocks == ("vm1",)
+        assert (await world.tell("vm.unlocked")).vm == "vm1"  # long before the next round
+        assert (await world.sight()).state == "ok"
+
+    with_world(tmp_path, story)
+
+
+def test_a_changed_file_is_told_once_and_its_keys_are_no_secret_to_its_host(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted(running=True)
+        world.a.vault.files[vm] = world.a.vault.files[vm].replace(b"vcpus = 1", b"vcpus = 2")
+        for _ in range(2):
+            await world.services.keeper.look()
+        [event] = await world.happened("vm.tampered")
+        assert "+ vcpus = 2" in event.text
+        assert (await world.sight()).state == "tampered"
+        await world.services.encryption.restore_config("vm1", asked_by="ann")
+        await world.services.keeper.look()
+        assert len(await world.happened("vm.tampered")) == 1
+
+    with_world(tmp_path, story)
+
+
+def test_a_host_that_does_not_answer_is_no_reason_to_lock(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.encrypted()
+        world.a.vault.restart()
+        await world.away()
+        world.a.vms = {}
+        await world.services.keeper.look()
+        assert (await world.sight()).state == "ok"
+        assert (await world.shown()).message
+        assert not await world.happened("vm.locked")
+
+    with_world(tmp_path, story)
+
+
+def test_it_does_not_come_between_other_orders(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.encrypted()
+        world.a.vault.restart()
+        inventory = world.services.inventory
+        async with inventory.turn("vm1") as (row, _):
+            await world.services.keeper.look()
+            assert not world.a.vault.handed_out
+            async with inventory.between_orders(row) as same:
+                assert not same
+        async with inventory.between_orders(row) as same:
+            assert same
+            waiting = asyncio.create_task(inventory.start_vm("vm1", asked_by="ann"))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()  # it waits instead of being refused
+        assert (await waiting).status is not None
+        row.fence -= 1
+        async with inventory.between_orders(row) as same:
+            assert not same
+
+    with_world(tmp_path, story)

@@ -1,0 +1,120 @@
+"""The plan of a conversion: each thing that stands against it, and nothing where nothing does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from uuid import UUID
+
+import pytest
+
+from sealift.domain.conversion import ConversionKind, DiskFacts
+from sealift.domain.encryption_checks import LUKS_ROOM_BYTES, ConversionFacts, check_conversion, needed_bytes
+from sealift.domain.host import HostCapabilities
+from sealift.domain.vm import Accelerator, Disk, VmConfig, VmState
+
+GIB = 1 << 30
+ENCRYPT, DECRYPT, REKEY = ConversionKind.ENCRYPT, ConversionKind.DECRYPT, ConversionKind.REKEY
+HOST = HostCapabilities(
+    UUID(int=1), "a", "0.1.0", True, "", (1,), True, 5.0, "7.2.22", ("pc-q35-7.2",), (Accelerator.TCG,), GIB, "a:1", "T"
+)
+RAW, QCOW2 = Disk("/store/0", "raw"), Disk("/store/1", "qcow2")
+IMAGE = DiskFacts("", True, GIB, GIB // 4, 8 * GIB, "ext4")
+CONFIG = VmConfig("vm1", UUID(int=2), 1, 64 << 20, disks=(RAW, QCOW2))
+GOOD = ConversionFacts("vm1", "a", ENCRYPT, CONFIG, False, VmState.STOPPED, (IMAGE, IMAGE), HOST, False)
+
+
+def found(facts: ConversionFacts, severity: str) -> list[str]:
+    """The texts of the findings of one severity."""
+    return [finding.text for finding in check_conversion(facts) if finding.severity == severity]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        GOOD,
+        replace(GOOD, state=VmState.CRASHED),
+        replace(GOOD, kind=DECRYPT, encrypted=True),
+        replace(GOOD, kind=REKEY, encrypted=True, runs_controller=True),
+        replace(
+            GOOD,
+            config=replace(CONFIG, disks=(replace(RAW, size_bytes=GIB), QCOW2)),
+            images=(DiskFacts("", free_bytes=GIB, filesystem="ext4"), IMAGE),
+        ),
+    ],
+)
+def test_nothing_stands_against_it(facts: ConversionFacts) -> None:
+    assert found(facts, "error") == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (replace(GOOD, encrypted=True), "is encrypted already"),
+        (replace(GOOD, kind=DECRYPT), "is not encrypted"),
+        (replace(GOOD, kind=REKEY), "is not encrypted"),
+        (replace(GOOD, state=None), "does not know VM vm1"),
+        (replace(GOOD, state=VmState.RUNNING), "vm1 is running"),
+        (replace(GOOD, state=VmState.MIGRATED), "vm1 is migrated"),
+        (replace(GOOD, config=replace(CONFIG, disks=()), images=()), "has no disk"),
+        (replace(GOOD, config=replace(CONFIG, role="controller")), "could not unlock itself"),
+        (replace(GOOD, runs_controller=True), "could not unlock itself"),
+        (replace(GOOD, images=(replace(IMAGE, snapshots=3), IMAGE)), "3 internal snapshots"),
+        (replace(GOOD, images=(IMAGE, replace(IMAGE, backing=True))), "refers to another file"),
+        (replace(GOOD, images=(replace(IMAGE, block_device=True), IMAGE)), "is a block device"),
+        (replace(GOOD, images=(replace(IMAGE, error="it is gone"), IMAGE)), "it is gone"),
+        (replace(GOOD, images=(replace(IMAGE, exists=False), IMAGE)), "is not there"),
+        (replace(GOOD, images=(replace(IMAGE, free_bytes=GIB), replace(IMAGE, free_bytes=GIB))), "1024 MiB free"),
+    ],
+)
+def test_each_thing_that_stands_against_it(facts: ConversionFacts, words: str) -> None:
+    [text] = found(facts, "error")
+    assert words in text
+    assert all(finding.todo for finding in check_conversion(facts))
+
+
+def test_a_disk_that_is_gone_is_made_only_by_a_first_encryption() -> None:
+    disks = (replace(RAW, size_bytes=GIB), QCOW2)
+    gone = replace(GOOD, config=replace(CONFIG, disks=disks), images=(replace(IMAGE, exists=False), IMAGE))
+    assert found(gone, "error") == []
+    [text] = found(replace(gone, kind=REKEY, encrypted=True), "error")
+    assert "is not there" in text
+
+
+def test_images_on_one_file_system_share_its_room() -> None:
+    """One image fits, two do not; on two file systems both do."""
+    room = GIB + LUKS_ROOM_BYTES
+    tight = replace(IMAGE, file_bytes=GIB, free_bytes=room)
+    assert len(found(replace(GOOD, images=(tight, tight)), "error")) == 1
+    # Another directory with another figure is another place.
+    disks = (RAW, replace(QCOW2, path="/other/1"))
+    apart = replace(GOOD, config=replace(CONFIG, disks=disks), images=(tight, replace(tight, free_bytes=room + 4096)))
+    assert found(apart, "error") == []
+    # In one directory a figure that moved meanwhile makes no difference.
+    together = replace(GOOD, images=(tight, replace(tight, free_bytes=room + 4096)))
+    assert len(found(together, "error")) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "disk", "image", "needed"),
+    [
+        (ENCRYPT, RAW, IMAGE, GIB + LUKS_ROOM_BYTES),
+        (REKEY, RAW, IMAGE, GIB + LUKS_ROOM_BYTES),
+        (DECRYPT, RAW, IMAGE, GIB),
+        (ENCRYPT, QCOW2, IMAGE, GIB // 4 + LUKS_ROOM_BYTES),
+        (ENCRYPT, replace(RAW, size_bytes=GIB), replace(IMAGE, exists=False), LUKS_ROOM_BYTES),
+        (ENCRYPT, RAW, replace(IMAGE, exists=False), 0),
+    ],
+)
+def test_the_room_that_a_new_image_needs(kind: ConversionKind, disk: Disk, image: DiskFacts, needed: int) -> None:
+    assert needed_bytes(kind, disk, image) == needed
+
+
+def test_warnings() -> None:
+    slow = replace(GOOD, host=replace(HOST, aes_instructions=False, aes_gcm_gb_per_s=0.12))
+    shrinking = replace(IMAGE, filesystem="btrfs", shrinks=True)
+    texts = found(replace(slow, images=(shrinking, IMAGE)), "warning")
+    assert [any(words in text for text in texts) for words in ("btrfs", "0.12 GB/s", "erased for sure")] == [True] * 3
+    assert found(replace(slow, kind=DECRYPT, encrypted=True, images=(shrinking, IMAGE)), "warning") == []
+    assert found(replace(GOOD, kind=REKEY, encrypted=True), "warning") == []
+    made = replace(CONFIG, disks=(replace(RAW, size_bytes=GIB),))
+    assert found(replace(GOOD, config=made, images=(replace(IMAGE, exists=False),)), "warning") == []
