@@ -223,10 +223,15 @@ class Conversions:
 
     async def _finish(self, work: Work) -> None:
         """From the decision to the end: nobody gives up here."""
-        while True:
-            if await self._try_to_finish(work):
-                return
-            await asyncio.sleep(_AGAIN_S)
+        try:
+            while True:
+                if await self._try_to_finish(work):
+                    return
+                await asyncio.sleep(_AGAIN_S)
+        except Exception as error:  # a defect: the VM stays reserved, for a person to look at
+            log.exception("conversion.defect", id=str(work.order.id))
+            defect = SealiftError(f"a defect in the agent: {type(error).__name__}")
+            work.row = replace(work.row, status=_saying(work.row.status, defect))
 
     async def _try_to_finish(self, work: Work) -> bool:
         order, files = work.order, self._vms.files
