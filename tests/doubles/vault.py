@@ -110,6 +110,7 @@ class FakeVault:
     came_with_orders: list[dict[UUID, bytes]] = field(default_factory=list)
     handed_out: list[UUID] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    looked: asyncio.Event = field(default_factory=asyncio.Event)
 
     # What happens on the way
 
@@ -252,6 +253,8 @@ class FakeVault:
                 found.status = replace(found.status, **line)  # type: ignore[arg-type]
                 if found.status.state is C.DONE:
                     self._finish(found, agent)
+            self.looked.set()
+            self.looked = asyncio.Event()
             return found.status
 
         @app.post("/v1/conversions/{conversion}/cancel")
