@@ -341,6 +341,9 @@ def test_what_cannot_be_looked_at_says_so(tmp_path: Path) -> None:
         assert (missing.exists, missing.error) == (False, "")
         assert missing.free_bytes > 0
         assert "cannot be seen" in (await images.look("/no/such/directory/disk", "raw")).error
+        os.mkfifo(tmp_path / "fifo")
+        for nothing in (tmp_path, tmp_path / "fifo"):
+            assert "is not a disk" in (await images.look(str(nothing), "raw")).error
         (tmp_path / "raw").write_bytes(b"no image")
         wrong = await images.look(str(tmp_path / "raw"), "qcow2")
         assert wrong.exists

@@ -83,6 +83,11 @@ def remove_marker(path: str) -> None:
         raise HypervisorError(f"the marker {path} cannot be removed: {error.strerror}", todo="remove it") from error
 
 
+def _check_kind(path: str, mode: int) -> None:
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise HypervisorError(f"{path} is not a disk: neither a file nor a block device")
+
+
 def check_image(disk: Disk) -> None:
     """Whether QEMU can open ``disk`` as we will: directly, and from this one file.
 
@@ -90,9 +95,7 @@ def check_image(disk: Disk) -> None:
     to another file, one in clear where it must be encrypted, or the other way round.
     """
     try:
-        mode = os.stat(disk.path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise HypervisorError(f"{disk.path} is not a disk: neither a file nor a block device")
+        _check_kind(disk.path, os.stat(disk.path).st_mode)
         # Non-blocking, should it be another one by now.
         os.close(os.open(disk.path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
@@ -138,11 +141,14 @@ def check_header(path: str, format: Literal["qcow2", "raw"], *, encrypted: bool)
 
 
 def read_header(path: str, format: Literal["qcow2", "raw"]) -> ImageHeader:
-    """What an image says of itself; raises OSError, HypervisorError for what is no qcow2 image."""
-    with open(path, "rb", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)  # a block device's too
-        file.seek(0)
-        head = file.read(HEAD_BYTES)
+    """What an image says of itself; raises OSError, HypervisorError for what is no disk or no qcow2 image."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _check_kind(path, os.fstat(fd).st_mode)
+        size = os.lseek(fd, 0, os.SEEK_END)  # a block device's too
+        head = os.pread(fd, HEAD_BYTES, 0)
+    finally:
+        os.close(fd)
     try:
         return parse(head, format, size)
     except HypervisorError as error:
