@@ -208,12 +208,13 @@ def test_a_rekey_that_the_host_refuses_does_not_answer_or_that_a_restart_cut_off
         world.a.vault.refuse = Conflict("not now")
         with pytest.raises(Conflict, match="not now"):
             await world.rekey()
+        world.a.vault.refuse = None
         await world.services.encryption.idle()
+        assert world.a.vault.newest[vm] == 1, "a file under a destroyed key is not sent again"
         [failed, _] = await world.services.conversions.all()
         assert (failed.state, failed.error) == ("failed", "not now")
         assert await world.key_state(failed.key_id) is KeyState.DESTROYED
         assert (await world.row()).config_file == before.config_file == world.a.vault.files[vm]
-        world.a.vault.refuse = None
         for way in ({"lose": {"file"}}, {"drop": {"file"}}):
             vars(world.a.vault).update(way)
             with pytest.raises(HostUnreachable):

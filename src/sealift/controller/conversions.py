@@ -145,9 +145,14 @@ class Conversions:
             return vm.fence
 
     async def promote(self, conversion: UUID, fields: Mapping[str, object]) -> ConversionRow:
-        """The host has done it: what was written down before becomes the VM's, all in one transaction."""
+        """The host has done it: what was written down before becomes the VM's, all in one transaction.
+
+        A record that is final already stays as it is.
+        """
         async with self._events.transaction() as session:
             row = await _get(session, conversion)
+            if row.finished_at is not None:
+                return row
             vm = await session.get_one(VmRow, row.vm)
             _set(row, fields)
             row.state, row.finished_at = ConversionState.DONE.value, time.time()
@@ -159,9 +164,14 @@ class Conversions:
     async def end(
         self, conversion: UUID, state: ConversionState, error: SealiftError, fields: Mapping[str, object]
     ) -> ConversionRow:
-        """It came to nothing: the record says why, and a VM that was made for it goes with it."""
+        """It came to nothing: the record says why, and a VM that was made for it goes with it.
+
+        A record that is final already stays as it is.
+        """
         async with self._events.transaction() as session:
             row = await _get(session, conversion)
+            if row.finished_at is not None:
+                return row
             _set(row, fields)
             row.state, row.finished_at = state.value, time.time()
             row.error_slug, row.error, row.todo = error.slug, error.what, error.todo

@@ -110,13 +110,12 @@ class Rekeying:
         """Go on from the record of a rekey whose host did not answer, or that an earlier life of ours left open."""
         host = next(host for host in await self._tools.records.hosts() if host.id == row.host)
         pause = self._tools.pace.poll_s
-        while row.finished_at is None:
+        # Its record says whether it is over: a file that was dropped must not be sent again, as its key is destroyed.
+        while (row := await self._tools.records.get(row.id)).finished_at is None:
             try:
                 await self.settle(row, self._tools.inventory.link(host))
             except SealiftError as error:
                 log.info("a rekey is not settled", vm=row.vm_name, conversion=str(row.id), error=str(error))
-            row = await self._tools.records.get(row.id)
-            if row.finished_at is None:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, self._tools.pace.tidy_s)
 

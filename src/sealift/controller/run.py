@@ -73,7 +73,10 @@ class Run:
                 await watch.end(Event.SOURCE_KEPT)
             self.planned.set()
             if planned is not None:
-                await self._prepare(planned)
+                try:
+                    await self._prepare(planned)
+                finally:
+                    wipe(planned.deks)
         elif watch.state in (State.REQUESTED, State.PLANNED):
             watch.failure = MigrationFailed(
                 "the controller was restarted before anything was touched", todo="ask for the migration again"
@@ -107,7 +110,6 @@ class Run:
         """Draw the secret and hand the spec to the target, then to the source; or end the attempt on both."""
         watch = self.watch
         if watch.cancel_requested:
-            wipe(planned.deks)
             await watch.end(Event.SOURCE_KEPT_ON_REQUEST)
             return
         attempt = uuid4()
