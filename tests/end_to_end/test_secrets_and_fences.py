@@ -114,12 +114,12 @@ def test_a_vm_that_was_let_go_cannot_be_started_at_its_source_by_any_order(
             try:
                 agent = services.inventory.link(await services.inventory.host_row("a"))
                 with pytest.raises(VmLetGo, match="let go"):
-                    await agent.start(UUID(guest.uuid), fence=1000)
+                    await agent.start(UUID(guest.uuid), fence=1000, file_hash="")
                 with pytest.raises(StaleFence):
-                    await agent.start(UUID(guest.uuid), fence=999)
-                await agent.define(config, fence=1000)
+                    await agent.start(UUID(guest.uuid), fence=999, file_hash="")
+                await agent.define(config, fence=1000, made_by_conversion=False)
                 with pytest.raises(VmLetGo, match="let go"):
-                    await agent.start(UUID(guest.uuid), fence=1000)
+                    await agent.start(UUID(guest.uuid), fence=1000, file_hash="")
                 await agent.delete(UUID(guest.uuid), fence=1000)
             finally:
                 await services.close()
