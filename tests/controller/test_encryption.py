@@ -106,7 +106,7 @@ def test_an_older_copy_is_no_good_and_a_newer_one_is_taken_over(tmp_path: Path) 
         await put_back(world, older_row)  # the controller's database, from a backup
         assert (await world.sight()).state == "tampered"
         await world.away("other")
-        with pytest.raises(VmLocked, match="says to be newer"):
+        with pytest.raises(VmLocked, match="claims to be newer"):
             await restore(world)
         assert world.a.vault.files[vm] == newer
         await world.back("other")
@@ -116,7 +116,7 @@ def test_an_older_copy_is_no_good_and_a_newer_one_is_taken_over(tmp_path: Path) 
         assert (now.config_file, now.provider, now.key_id, now.generation) == (newer, "other", row.key_id, 3)
         assert await start(world) is VmState.RUNNING
         await stop(world)
-        # A forgery that says to be newer, under a key that is there.
+        # A forgery that claims to be newer, under a key that is there.
         world.a.vault.files[vm] = newer.replace(b"generation = 3", b"generation = 9")
         await restore(world)
         assert world.a.vault.files[vm] == newer

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from sealift.errors import HostUnreachable
+from sealift.secret import Secret
+from support.age import cheap_export
 from support.controllers import FAST
 from support.encrypted_world import World, with_world
 
-EAGER = replace(FAST, keep_s=0.02)
+EAGER = replace(FAST, keep_s=0.02, probe_s=0.1)
 
 
 def test_a_restarted_agent_has_its_keys_back_before_anybody_asks(tmp_path: Path) -> None:
@@ -22,6 +26,10 @@ def test_a_restarted_agent_has_its_keys_back_before_anybody_asks(tmp_path: Path)
         assert sorted(world.a.vault.handed_out, key=str) == sorted([running, stopped], key=str)
         assert clear not in world.a.vault.held
         assert not await world.happened("vm.locked")
+        await world.away()  # nobody needs it now, and people hear of it
+        assert "home" in (await world.tell("key_provider.unreachable")).text
+        await world.back()
+        await world.tell("key_provider.back")
 
     with_world(tmp_path, story, pace=EAGER)
 
@@ -80,9 +88,6 @@ def test_a_provider_that_is_added_again_unlocks_at_once(tmp_path: Path) -> None:
         world.a.vault.restart()
         await world.services.keeper.look()
         assert (await world.sight()).state == "locked"
-        from sealift.secret import Secret
-        from support.age import cheap_export
-
         words = Secret(b"some words that open it", length=23)
         file = cheap_export("home", kdk, words)
         added = await world.services.providers.import_(file, words, default=False, asked_by="ann")
@@ -114,7 +119,12 @@ def test_a_host_that_does_not_answer_is_no_reason_to_lock(tmp_path: Path) -> Non
         await world.encrypted()
         world.a.vault.restart()
         await world.away()
-        world.a.vms = {}
+
+        class Silent(dict):  # type: ignore[type-arg]
+            def __iter__(self) -> Iterator[object]:
+                raise HostUnreachable("host a did not answer")
+
+        world.a.vms = Silent()
         await world.services.keeper.look()
         assert (await world.sight()).state == "ok"
         assert (await world.shown()).message

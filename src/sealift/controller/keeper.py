@@ -1,12 +1,14 @@
 """Keeping encrypted VMs ready: hosts that lost the keys of their VMs get them again, VMs lock and unlock by themselves.
 
 A host has keys in memory only, so after a restart of its agent it has none. Every few seconds, and at once when a key
-provider came or went, each encrypted VM is looked at. A KEK is asked for only where a host lacks keys.
+provider came or went, each encrypted VM is looked at. A KEK is asked for only where a host lacks keys; every now and
+then the providers are asked whether they are there, and nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
@@ -22,7 +24,7 @@ from sealift.controller.unlocking import tell_tampered
 from sealift.controller.vm_keys import VmKeys, file_on_host, holds_all
 from sealift.domain.deks import wipe
 from sealift.domain.vm import VmState, VmStatus
-from sealift.errors import EncryptionError, SealiftError
+from sealift.errors import EncryptionError, NotFound, SealiftError
 from sealift.keys.bundle import Verdict
 
 log = structlog.get_logger("sealift.keeper")
@@ -44,8 +46,11 @@ class _Placed:
 class Keeper:
     """The keeper of one controller: ``start`` and ``stop`` it. ``look`` is one round."""
 
-    def __init__(self, events: EventLog, inventory: Inventory, providers: Providers, *, every_s: float) -> None:
-        self._events, self._inventory, self._providers, self._every_s = events, inventory, providers, every_s
+    def __init__(
+        self, events: EventLog, inventory: Inventory, providers: Providers, *, every_s: float, probe_s: float
+    ) -> None:
+        self._events, self._inventory, self._providers = events, inventory, providers
+        self._every_s, self._probe_s = every_s, probe_s
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -63,9 +68,13 @@ class Keeper:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
+        probed = time.monotonic()
         while True:
             changed = self._providers.changed  # taken before the look, so that nothing slips in between
             try:
+                if time.monotonic() - probed >= self._probe_s:
+                    await self.probe()
+                    probed = time.monotonic()
                 await self.look()
             except Exception:
                 log.exception("the keeper met something unexpected")
@@ -74,6 +83,15 @@ class Keeper:
                     await changed.wait()
             except TimeoutError:
                 continue
+
+    async def probe(self) -> None:
+        """Ask every key provider that a VM needs whether it answers, so that people hear of it before they need it."""
+        async with self._events.reading() as session:
+            found = await session.scalars(select(VmRow.provider).where(VmRow.encrypted).distinct())
+            names = [name for name in found if name is not None]
+        for answer in await asyncio.gather(*(self._providers.probe(name) for name in names), return_exceptions=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, NotFound):  # removed: its VMs lock
+                raise answer
 
     async def look(self) -> None:
         """Look at every encrypted VM once."""
@@ -106,7 +124,9 @@ class Keeper:
         runs = status.state in RUNS
         try:
             file = await self._keys.judge(vm, file_on_host(status))
-            if file.verdict not in (Verdict.OK, Verdict.LOCKED):
+            if file.verdict is Verdict.OK:
+                self._keys.told.pop(vm.uuid, None)
+            elif file.verdict is not Verdict.LOCKED:
                 await tell_tampered(self._keys, self._events, vm, placed.host.name, file)
             if not holds_all(vm, status) and not await self._hand_out(placed):
                 return  # an order came in between; the next round sees what it left

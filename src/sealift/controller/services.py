@@ -149,5 +149,5 @@ async def open_services(
         keyring=keyring,
         conversions=conversions,
         encryption=Encryption(tools, Planner(inventory, providers, machine)),
-        keeper=Keeper(events, inventory, providers, every_s=pace.keep_s),
+        keeper=Keeper(events, inventory, providers, every_s=pace.keep_s, probe_s=pace.probe_s),
     )

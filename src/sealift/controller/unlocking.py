@@ -55,7 +55,7 @@ async def restore_file(
 
     The very bytes are put back, so this needs no key, and may be done again if the answer is lost. A newer one is never
     overwritten, as it alone may hold the wrapped keys of the images. Raises Conflict for a VM in clear, and VmLocked
-    for a file that says to be newer while the key that would prove it cannot be had.
+    for a file that claims to be newer while the key that would prove it cannot be had.
     """
     now = file_on_host(await link.vm(row.uuid))
     last = own_file(row) if row.encrypted else b""
@@ -87,8 +87,8 @@ async def _adopt(keys: VmKeys, events: EventLog, row: VmRow, file: bytes, host: 
         kek, _ = await keys.keyring.kek(found.provider, found.key_id, vm=row.name)
     except VmLocked as error:
         raise VmLocked(
-            f"the configuration file of VM {row.name} on host {host.name} says to be newer (generation "
-            f"{found.generation}, ours is {row.generation}) and to be under key {found.key_id} of key provider "
+            f"the configuration file of VM {row.name} on host {host.name} claims to be newer (generation "
+            f"{found.generation}, ours is {row.generation}) and under key {found.key_id} of key provider "
             f"{found.provider}, which cannot be had: {error.what}",
             todo="bring that key back; if the file is a forgery, move it away on the host, then restore again",
         ) from None

@@ -46,6 +46,7 @@ class Pace:
     again_s: float = 2.0  # before a deed that a host refused is tried again
     tidy_s: float = 30.0  # longest pause between attempts to tidy up
     keep_s: float = 5.0  # between two rounds of the keeper
+    probe_s: float = 60.0  # before the keeper asks key providers again whether they are there
 
 
 class Watch:
