@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import random
 import secrets
+import select
+import shutil
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -24,7 +26,7 @@ from sealift.agent.journal import Journal, VmRow
 from sealift.domain.conversion import CONVERSION_FINAL, ConversionKind, ConversionOrder, ConversionState
 from sealift.domain.deks import encode_frame
 from sealift.domain.vm import Disk, VmConfig
-from support.converting import agent_on, content_of, convert, files_in, image_with
+from support.converting import agent_on, content_of, convert, die_beside_a_child, files_in, image_with
 from support.vm_files import file_of, keys
 
 KILLS = 20
@@ -138,3 +140,21 @@ def test_a_conversion_killed_at_random_moments(tmp_path: Path, context: ForkServ
         ends.append((kind.value, asyncio.run(store.settled(order))))
     print(ends)
     whole(context, store, ConversionKind.DECRYPT if store.config.deks else ConversionKind.ENCRYPT)
+
+
+def test_a_process_that_dies_as_it_starts_qemu_img_leaves_none(tmp_path: Path, context: ForkServerContext) -> None:
+    """Not even one that had no time yet to ask that it be killed with its parent."""
+    path, gate, slow = tmp_path / "image", tmp_path / "gate", tmp_path / "setpriv"
+    os.mkfifo(gate)
+    slow.write_text(f'#!/bin/sh\nread _ < {gate}\nexec {shutil.which("setpriv")} "$@"\n')
+    slow.chmod(0o700)
+    hear, tell = context.Pipe(duplex=False)
+    process = context.Process(target=die_beside_a_child, args=(str(path), str(tmp_path), tell), daemon=True)
+    process.start()
+    tell.close()
+    child = os.pidfd_open(hear.recv())
+    process.join(ENDS_S)
+    gate.write_text("go on\n")
+    assert select.select([child], [], [], ENDS_S)[0]
+    os.close(child)
+    assert not path.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ from sealift.agent.vault import Vault
 from sealift.agent.vms import Vms
 from sealift.domain.conversion import ConversionOrder
 from sealift.domain.deks import decode_frame
+from sealift.hypervisor import qemu_img
 from sealift.hypervisor.images import ImageRef, Images
 from sealift.secret import Secret
 
@@ -54,6 +56,20 @@ def convert(state: Path, frame: bytes, told: Connection) -> None:
             told.send(conversions.status(order.id).state.value)
 
     asyncio.run(main())
+
+
+def die_beside_a_child(path: str, programs: str, told: Connection) -> None:
+    """Start qemu-img, say its pid, and be killed at that very moment; programs are looked for in ``programs`` first."""
+    start = asyncio.create_subprocess_exec
+
+    async def start_and_die(*arguments: Any, **words: Any) -> Any:
+        child = await start(*arguments, **words)
+        told.send(child.pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
+    asyncio.create_subprocess_exec = start_and_die
+    asyncio.run(qemu_img.run("qemu-img", ["create", "-q", "-f", "raw", path, "1M"], []))
 
 
 async def content_of(path: str, format: Literal["qcow2", "raw"], dek: Secret | None) -> bytes:

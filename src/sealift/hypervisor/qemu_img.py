@@ -1,9 +1,9 @@
 """Running qemu-img and its like: children that get their keys through anonymous files, and that never outlive us.
 
 A child is started through setpriv(1) of util-linux, which asks the kernel to kill it when its parent dies
-(PR_SET_PDEATHSIG, prctl(2)) and then becomes the program: nothing of ours runs between fork and exec, where a process
-with threads may do next to nothing. The parent is, for the kernel, the thread that started the child, so these are to
-be called from a loop that runs in the main thread.
+(PR_SET_PDEATHSIG, prctl(2)), and a shell that ends when the parent has died before that, and else becomes the program.
+So nothing of ours runs between fork and exec, where a process with threads may do next to nothing. The parent is, for
+the kernel, the thread that started the child, so these are to be called from a loop that runs in the main thread.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ _PROGRESS = re.compile(rb"\(([0-9]{1,3}\.[0-9]{2})/100%\)\r")
 _PROGRESS_BYTES = 64  # more than one line of progress
 _KEPT_BYTES = 4096
 _READ_BYTES = 1 << 16
+
+_IF_PARENT_LIVES = '[ "$PPID" = "$1" ] || exit 1; shift; exec "$@"'
+"""The kernel kills only for a death that comes after it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ async def run(
             passed.append(passphrase.fd)
             objects += ["--object", f"secret,id={key_id(number)},file={passphrase.path},format=raw"]
         child = await asyncio.create_subprocess_exec(
-            *(setpriv, "--pdeathsig", "KILL", "--", found),
+            *(setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _IF_PARENT_LIVES, "sh", str(os.getpid()), found),
             *(*arguments[:1], *objects, *arguments[1:]),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
