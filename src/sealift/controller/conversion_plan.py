@@ -24,17 +24,18 @@ from sealift.domain.vm import VmState, VmStatus
 from sealift.errors import NotFound, SealiftError
 from sealift.secret import Secret
 
-PRODUCT_UUID = Path("/sys/class/dmi/id/product_uuid")
+MACHINE_UUIDS = (Path("/sys/class/dmi/id/product_uuid"), Path("/run/sealift-controller/machine-uuid"))
+"""Where this machine's SMBIOS UUID is: only root may read the first, so the systemd unit copies it to the second."""
 
 MachineUuid = Callable[[], UUID | None]
 
 
 def machine_uuid() -> UUID | None:
     """The SMBIOS UUID of this machine, which QEMU makes the VM's; None when there is none, or not for us to read."""
-    try:
-        return UUID(PRODUCT_UUID.read_text().strip())
-    except (OSError, ValueError):
-        return None
+    for path in MACHINE_UUIDS:
+        with suppress(OSError, ValueError):
+            return UUID(path.read_text().strip())
+    return None
 
 
 @dataclass
