@@ -65,6 +65,7 @@ class Bench:
                 theirs = target
         rows = [row(name, operation, 1, measured[name, operation]) for operation in OPERATIONS for name in steps]
         for ours_row, theirs_row in zip(rows[::2], rows[1::2], strict=True):
+            ours_row["gib"] = theirs_row["gib"] = round(size / 2**30, 3)
             ours_row["throughput_ratio"] = round(ours_row["gb_per_s"] / theirs_row["gb_per_s"], 3)
         self._forget("full", ours)
         theirs.path.unlink()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from parts.measure import Row
 
-RATIO_GOAL = 0.8
+RATIO_GOAL, RATIO_GOAL_GIB = 0.8, 10
 REKEY_GOAL_S, REKEY_GOAL_VMS = 10.0, 100
 START_GOAL_MS = 300.0
 
@@ -27,8 +27,10 @@ def judge(rows: Sequence[Row]) -> list[Judged]:
     for line in rows:
         if "throughput_ratio" in line:
             ratio = line["throughput_ratio"]
-            goal = f"{line['path']}: at least {RATIO_GOAL:g} of the throughput of `qemu-img convert`"
-            found.append(Judged(goal, f"{ratio:.2f}", ratio >= RATIO_GOAL))
+            image = f"a full image of {RATIO_GOAL_GIB:g} GiB"
+            goal = f"{line['path']}, {image}: at least {RATIO_GOAL:g} of the throughput of `qemu-img convert`"
+            met = ratio >= RATIO_GOAL if line["gib"] >= RATIO_GOAL_GIB else None
+            found.append(Judged(goal, f"{ratio:.2f} with {line['gib']:g} GiB", met))
         if "vms" in line:
             goal = f"a new key for {REKEY_GOAL_VMS} VMs in one command: under {REKEY_GOAL_S:g} s"
             met = line["seconds"] < REKEY_GOAL_S if line["vms"] >= REKEY_GOAL_VMS else None

@@ -65,7 +65,7 @@ def vm(cluster: Cluster, home: Home, the_vm: Guest) -> Guest:
 
 def _writes(vm: Guest) -> bool:
     """Whether the guest goes on writing to its disk and reads back what it wrote."""
-    assert vm.console.wait_for("DISK", 30, count=vm.console.count("DISK") + 5)
+    assert vm.console.wait_for("DISK", 90, count=vm.console.count("DISK") + 5)
     return not any(re.fullmatch(r"DISK \d+ bad", line) for line in vm.console.lines)
 
 

@@ -26,7 +26,7 @@ from sealift.errors import Conflict, PlanRefused, SealiftError, VmLocked, VmTamp
 RAM_KIB = 131064
 FILLED_MB, DIRTY_MB_S = 32, 5
 PROVIDER = "vault"
-_BLOCKS, _BLOCKS_S = 10, 30.0
+_BLOCKS, _BLOCKS_S = 10, 90.0  # each is flushed to a disk that others may keep busy
 _UNLOCK_S = 60.0
 _FOUND = re.compile(r"FOUND blocks=(\d+) bad=(\d+) last=(\d+)")
 
@@ -267,7 +267,10 @@ class _Encrypted(Stage):
         """Whether the guest writes more blocks, and none was bad so far."""
         wanted = self.console.count("DISK") + _BLOCKS
         went_on = self.console.wait_for("DISK", _BLOCKS_S, count=wanted)
-        return went_on and not any(re.fullmatch(r"DISK \d+ bad", line) for line in self.console.lines)
+        bad = [line for line in self.console.lines if re.fullmatch(r"DISK \d+ bad", line)]
+        if bad or not went_on:
+            say(f"  the guest said {', '.join(bad or self.console.lines[-3:])}")
+        return went_on and not bad
 
     def _written(self) -> int:
         """The number of the last block that the guest has written and read back."""
