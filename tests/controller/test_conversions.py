@@ -12,6 +12,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from doubles.vault import ConversionScript, failing, forms_of, straight, stuck
+from sealift.controller import conversion_plan
+from sealift.controller.conversion_plan import machine_uuid
 from sealift.controller.models import ConversionRow
 from sealift.controller.provider_ask import ProviderAsk
 from sealift.domain.conversion import ConversionState, DiskFacts
@@ -335,6 +337,16 @@ def test_the_vm_that_runs_the_controller_is_not_encrypted(tmp_path: Path) -> Non
             assert "could not unlock itself" in row.error
 
     with_world(tmp_path, story, machine=machine)
+
+
+def test_this_machines_own_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = tmp_path / "for-root-only", tmp_path / "copied"
+    monkeypatch.setattr(conversion_plan, "MACHINE_UUIDS", places)
+    assert machine_uuid() is None
+    places[0].write_text("To be filled by O.E.M.\n")
+    assert machine_uuid() is None
+    places[1].write_text("5A1D0C0E-0000-4000-8000-0123456789AB\n")
+    assert machine_uuid() == UUID("5a1d0c0e-0000-4000-8000-0123456789ab")
 
 
 async def create(world: World, text: str) -> str:

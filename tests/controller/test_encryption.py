@@ -124,13 +124,12 @@ def test_an_older_copy_is_no_good_and_a_newer_one_is_taken_over(tmp_path: Path) 
     with_world(tmp_path, story)
 
 
-async def put_back(world: World, row: VmRow | None) -> None:
-    """The database as it was with ``row``; None: before vm1 was encrypted."""
+async def put_back(world: World, row: VmRow) -> None:
+    """The database as it was with ``row``."""
     async with world.services.events.transaction() as session:
-        now = await session.get_one(VmRow, (await world.row()).uuid if row is None else row.uuid)
+        now = await session.get_one(VmRow, row.uuid)
         for name in ("encrypted", "config", "config_file", "provider", "key_id", "generation"):
-            if row is not None:
-                setattr(now, name, getattr(row, name))
+            setattr(now, name, getattr(row, name))
 
 
 def test_a_controller_that_forgot_the_encryption_learns_it_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from sealift.domain.checks import MAX_CHANNELS, Facts, check
+from sealift.domain.checks import MAX_CHANNELS, Facts, KeyFacts, check
 from sealift.domain.host import HostCapabilities
 from sealift.domain.move import MoveOptions
 from sealift.domain.vm import Accelerator, Disk, HardwareRecord, VmConfig, VmState, VmStatus
@@ -72,6 +72,8 @@ ERRORS = [
     ("too many channels", {"channels": MAX_CHANNELS + 1}, "channels"),
     ("negative bandwidth", {"options": MoveOptions(bandwidth=-1)}, "not sane"),
     ("no downtime at all", {"options": MoveOptions(max_downtime_ms=0)}, "not sane"),
+    ("no key to be had", {"keys": KeyFacts("home", "key k of home is away")}, "k of home is away; the target does not"),
+    ("a changed file", {"keys": KeyFacts("home", file="the file was changed")}, "the file was changed"),
     ("given up at once", {"options": MoveOptions(give_up_ms=999)}, "give-up time of 0.999 s"),
     ("given up never", {"options": MoveOptions(give_up_ms=86_400_001)}, "between 1 s and 86400 s"),
     ("a switchover without patience", {"options": MoveOptions(switchover_timeout_ms=0)}, "switchover timeout of 0 s"),
@@ -87,6 +89,7 @@ ERRORS = [
     ("disk not proved", {"status": status(disks=(DISK,))}, DISK.path),
 ]
 WARNINGS = [
+    ("keys held already", {"keys": KeyFacts("home", "key k of home is away", held=True)}, "holds the keys"),
     ("no AES at the source", {"source": host("a", aes_instructions=False)}, "host a has no AES"),
     ("no AES at the target", {"target": host("b", aes_instructions=False)}, "host b has no AES"),
     ("a trickle", {"options": MoveOptions(bandwidth=1000)}, "never converge"),
@@ -95,6 +98,7 @@ WARNINGS = [
 ]
 FINE = [
     ("nothing", {}),
+    ("keys at hand", {"keys": KeyFacts("home")}),
     ("newer QEMU", {"target": host("b", qemu_version="10.0.0")}),
     ("host CPU, the same CPU", {"status": HOST_CPU}),
     ("max under TCG, the same QEMU", {"status": TCG_MAX}),
