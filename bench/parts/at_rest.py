@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from parts.goals import judge
@@ -89,10 +90,14 @@ class Bench:
 
     def rekeys(self, vms: int, runs: int) -> list[Row]:
         """A new key for each of so many VMs, in one command, from one provider name to the other and back."""
-        for number in range(vms):
-            if number % 10 == 0:
-                tell(f"encrypted VM {number + 1} of {vms}")
-            self._define(f"many{number}", self._disk(f"many{number}"), "--encrypt", "--provider", "old", size=_TINY)
+        tell(f"{vms} encrypted VMs")
+        names = [f"many{number}" for number in range(vms)]
+
+        def define(name: str) -> None:
+            self._define(name, self._disk(name), "--encrypt", "--provider", "old", size=_TINY)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each is seconds of QEMU's looking how fast PBKDF2 is
+            list(pool.map(define, names))
         seconds = []
         for number in range(runs):
             source, target = ("old", "new") if number % 2 == 0 else ("new", "old")
@@ -103,8 +108,8 @@ class Bench:
             failed = [one for one in became if one["error_slug"]]
             if failed or len(became) != vms:
                 raise RuntimeError(f"{len(failed)} of {len(became)} VMs were not rekeyed: {failed[:1]}")
-        for number in range(vms):
-            self._forget(f"many{number}", self._disk(f"many{number}"))
+        for name in names:
+            self._forget(name, self._disk(name))
         return [_timed("sealift", "rekey --from --to", seconds) | {"vms": vms}]
 
     # starts
