@@ -191,7 +191,8 @@ class Conversion(Document):
     """An encryption, decryption or rekey. A shallow rekey is ``done`` when it is answered.
 
     Answered with 201 and then carried out by itself; GET conversions/{id} follows it, POST conversions/{id}/cancel
-    cancels it. A dry run is answered with 200, is stored nowhere, and is ``planned`` or ``refused``.
+    cancels it. A dry run is answered with 200, is stored nowhere, and is ``planned`` or ``refused``. ``deep`` tells one
+    rekey from the other; the other kinds always copy.
     """
 
     id: UUID

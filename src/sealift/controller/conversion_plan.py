@@ -47,6 +47,7 @@ class ConversionPlan:
 
     findings: list[Finding]
     provider: str = ""
+    total_bytes: int = 0  # of virtual disk, to be copied
     deks: dict[UUID, Secret] = field(default_factory=dict)
 
     @property
@@ -87,6 +88,9 @@ class Planner:
             runs_controller=self.machine() == vm.uuid,
         )
         plan = ConversionPlan(check_conversion(facts))
+        plan.total_bytes = sum(
+            image.virtual_bytes or disk.size_bytes for image, disk in zip(images, config.disks, strict=True)
+        )
         if vm.encrypted:
             await self._open_old(plan, vm, host, status)
         if kind is not ConversionKind.DECRYPT:

@@ -193,7 +193,7 @@ def become(vm: VmRow, row: ConversionRow) -> None:
     """Make a VM what its conversion says it is afterwards."""
     vm.config, vm.lock_reason = row.after_config, ""
     if not row.after_file:
-        # The setting stays, and so does the memory of what it was: a person decides (DESIGN: "until changed").
+        # The setting stays, and so does the memory of what it was: a person decides when it may move in plain again.
         vm.encrypted, vm.config_file, vm.provider, vm.key_id = False, None, None, None
         return
     vm.config_file, vm.provider, vm.key_id = row.after_file, row.provider, row.key_id

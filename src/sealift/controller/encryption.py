@@ -12,7 +12,7 @@ import structlog
 
 from sealift.controller.conversion_plan import ConversionPlan, Planner
 from sealift.controller.conversion_run import ConversionRun, ConversionTools, Delivery
-from sealift.controller.conversions import PLANNED, REFUSED, ConversionWish, new_row
+from sealift.controller.conversions import PLANNED, REFUSED, ConversionWish, new_row, what
 from sealift.controller.inventory import Inventory
 from sealift.controller.models import ConversionRow, HostRow, VmRow
 from sealift.controller.new_vm import CONFIG, new_vm, parse_new, require_new
@@ -123,6 +123,7 @@ class Encryption:
         plan = await self._planner.plan(wish.kind, vm, host_row, provider, is_new=True)
         row = _record(wish, vm, host_row, plan)
         if plan.refused:
+            await self._tell_refused(row)
             return row
         delivery = await self._prepare(row, vm, plan, with_vm=True)
         try:
@@ -198,6 +199,8 @@ class Encryption:
             row = _record(wish, vm, host, plan)
             if plan.refused or dry_run:
                 wipe(plan.deks)
+                if not dry_run:
+                    await self._tell_refused(row)
                 return row
             delivery = await self._prepare(row, vm, plan, with_vm=False)
         self._begin(row, delivery)
@@ -212,7 +215,6 @@ class Encryption:
                 after = _under(config, [None] * len(config.disks))
             else:
                 after = _under(config, list(new))
-                row.provider = plan.provider
                 row.key_id, kek = await keyring.new_kek(plan.provider, vm.uuid, vm.name)
                 row.after_file = _file(row, vm, after, new, kek)
             row.state, row.after_config = ConversionState.COPYING.value, CONFIG.dump_python(after, mode="json")
@@ -226,6 +228,10 @@ class Encryption:
             wipe(new)
             new = {}
         return Delivery(_order(row, after), {**plan.deks, **new})
+
+    async def _tell_refused(self, row: ConversionRow) -> None:
+        text = f"{row.requested_by} asked to {what(row)} VM {row.vm_name}, which was refused: {row.error}"
+        await self._inventory.tell(text, "conversion.refused", row.vm_name, row.host_name)
 
     def _begin(self, row: ConversionRow, delivery: Delivery | None) -> None:
         self._runs[row.id] = ConversionRun(self._tools, row)
@@ -260,6 +266,7 @@ def _record(wish: ConversionWish, vm: VmRow, host: HostRow, plan: ConversionPlan
     """The record of a plan, as it is when nothing more comes of it."""
     row = new_row(wish, vm, host)
     row.findings = [vars(finding) for finding in plan.findings]
+    row.provider, row.total_bytes = plan.provider, plan.total_bytes
     row.state = PLANNED
     if plan.refused:
         errors = [finding for finding in plan.findings if finding.severity == "error"]

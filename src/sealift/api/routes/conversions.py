@@ -18,10 +18,12 @@ from sealift.errors import PlanRefused
 
 router = APIRouter(prefix="/api/v1", tags=["encryption"])
 
+_DONE = {"encrypt": "encrypted", "decrypt": "decrypted", "rekey": "rekeyed", "deep-rekey": "rekeyed"}
+
 
 def refusal(row: ConversionRow) -> Response:
     """The answer to a conversion whose plan was refused."""
-    error = PlanRefused(f"to {what(row)} VM {row.vm_name} was refused: {row.error}", todo=row.todo)
+    error = PlanRefused(f"VM {row.vm_name} cannot be {_DONE[what(row)]}: {row.error}", todo=row.todo)
     return problem(error, findings=render.findings(row))
 
 
