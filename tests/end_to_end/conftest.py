@@ -12,7 +12,9 @@ import pytest
 
 from sealift.demo.cluster import Cluster
 from sealift.demo.guest import GuestImage
+from support.encrypted import Home
 from support.faults import CutCluster, cut_cluster
+from support.guest import CACHE
 from support.running_guest import Guest
 
 
@@ -46,6 +48,21 @@ def guest(cluster: Cluster, the_guest: Guest) -> Iterator[Guest]:
     cluster.sealift("vm", "set", the_guest.name, "--migrate-encryption", "opportunistic")
     yield the_guest
     _heal(cluster)
+
+
+@pytest.fixture(scope="session")
+def home(cluster: Cluster) -> Home:
+    """The key provider of the cluster."""
+    return Home(cluster)
+
+
+@pytest.fixture(scope="session")
+def datastore() -> Iterator[Path]:
+    """A directory that takes direct I/O, as tmpfs does not."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="datastore-", dir=CACHE))
+    yield directory
+    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="session")

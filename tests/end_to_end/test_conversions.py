@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,25 +16,11 @@ import pytest
 from sealift.demo.cluster import Cluster
 from sealift.errors import PlanRefused, VmTampered
 from support.encrypted import PATIENCE_S, Home, encryption_of, is_luks, keys_of, same_content
-from support.guest import CACHE
 
 pytestmark = pytest.mark.qemu
 
 _MEMORY_KIB = 16392  # the guest is its firmware; no multiple of 256 KiB
 _KILLS = 5
-
-
-@pytest.fixture(scope="module")
-def home(cluster: Cluster) -> Home:
-    return Home(cluster)
-
-
-@pytest.fixture(scope="module")
-def datastore() -> Iterator[Path]:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="datastore-", dir=CACHE))  # tmpfs has no O_DIRECT
-    yield directory
-    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,23 +17,9 @@ from sealift.demo.cluster import Cluster, Host
 from sealift.demo.guest import GuestImage
 from sealift.errors import Conflict, PlanRefused, VmLocked
 from support.encrypted import PATIENCE_S, Home, Keys, encryption_of, is_luks, keys_of
-from support.guest import CACHE
 from support.running_guest import Guest, make_disk
 
 pytestmark = pytest.mark.qemu
-
-
-@pytest.fixture(scope="module")
-def home(cluster: Cluster) -> Home:
-    return Home(cluster)
-
-
-@pytest.fixture(scope="module")
-def datastore() -> Iterator[Path]:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="datastore-", dir=CACHE))  # tmpfs has no O_DIRECT
-    yield directory
-    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 import click
 
 from sealift.cli import quantities
 from sealift.cli.credentials import connect
 from sealift.cli.following import Interrupts
+from sealift.cli.identifiers import find
 from sealift.cli.output import Output, json_option, pass_output
-from sealift.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from sealift.api.encryption import Conversion
@@ -129,14 +128,4 @@ def cancel(output: Output, identifier: str) -> None:
 
 
 def _find(client: Client, identifier: str) -> Conversion:
-    try:
-        return client.conversion(UUID(identifier))
-    except ValueError:
-        pass
-    prefix = identifier.lower()
-    found = [one for one in client.conversions() if prefix and str(one.id).startswith(prefix)]
-    if not found:
-        raise NotFound(f"no recent conversion's id begins with {prefix!r}", todo="see `sealift conversion list`")
-    if len(found) > 1:
-        raise InvalidInput(f"several conversions' ids begin with {prefix!r}", todo="give more of it")
-    return found[0]
+    return find("conversion", identifier, client.conversion, client.conversions)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 import click
 
 from sealift.cli import quantities
 from sealift.cli.credentials import connect
 from sealift.cli.following import Interrupts
+from sealift.cli.identifiers import find
 from sealift.cli.output import Output, json_option, pass_output
 from sealift.domain.patience import GIVE_UP_MS, SWITCHOVER_TIMEOUT_MS
-from sealift.errors import InvalidInput, NotFound, PlanRefused
+from sealift.errors import InvalidInput, PlanRefused
 
 if TYPE_CHECKING:
     from sealift.api.schemas import Migration, MigrationCreate
@@ -222,14 +222,4 @@ def cancel(output: Output, identifier: str) -> None:
 
 
 def _find(client: Client, identifier: str) -> Migration:
-    try:
-        return client.migration(UUID(identifier))
-    except ValueError:
-        pass
-    prefix = identifier.lower()
-    found = [one for one in client.migrations() if prefix and str(one.id).startswith(prefix)]
-    if not found:
-        raise NotFound(f"no recent migration's id begins with {prefix!r}", todo="see `sealift migration list`")
-    if len(found) > 1:
-        raise InvalidInput(f"several migrations' ids begin with {prefix!r}", todo="give more of it")
-    return found[0]
+    return find("migration", identifier, client.migration, client.migrations)
