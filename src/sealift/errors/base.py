@@ -29,7 +29,7 @@ class InvalidInput(SealiftError):
 
 
 class NotFound(SealiftError):
-    """There is no such host, VM, migration or page."""
+    """There is no such host, VM, migration, conversion, key provider, setting or page."""
 
     slug, status, exit_code = "not_found", 404, 4
 
@@ -41,7 +41,7 @@ class AlreadyExists(SealiftError):
 
 
 class Conflict(SealiftError):
-    """The VM, host or migration is not in a state that allows this now."""
+    """The VM, host, key provider, migration or conversion is not in a state that allows this now."""
 
     slug, status, exit_code = "conflict", 409, 4
 
@@ -107,7 +107,7 @@ class HostUnreachable(Unreachable):
 
 
 class PlanRefused(SealiftError):
-    """The migration was refused before anything moved; the message says by whom and why."""
+    """A migration or conversion was refused before anything was changed; the message says by whom and why."""
 
     slug, status, exit_code = "plan_refused", 409, 3
 
@@ -131,7 +131,7 @@ class VmLetGo(SealiftError):
 
 
 class ToolMissing(SealiftError):
-    """A program or package that the demonstration's guest is built with is not to be had on this machine."""
+    """A program or package that the demonstration needs is not to be had on this machine."""
 
     slug, status, exit_code = "tool_missing", 500, 1
 

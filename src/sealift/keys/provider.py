@@ -19,7 +19,6 @@ from sealift.errors import InvalidInput, KeyProviderError
 from sealift.secret import Secret
 
 KEK_BYTES: Final = 32
-MAX_KEY_ID: Final = 128
 _KEY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=-]{0,127}")
 
 
