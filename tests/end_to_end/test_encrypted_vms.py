@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -168,6 +170,7 @@ def _spellings(keys: Keys) -> list[bytes]:
 def test_after_a_power_cut_without_its_provider_it_is_locked_and_unlocks_by_itself(vm: Guest, home: Home) -> None:
     host, key_id = vm.host, _key_id(vm)
     assert _writes(vm)
+    told_before = len(_events_of(vm))
     home.take_away()
     vm.cluster.lose_power(host)
     written = max(int(line.split()[1]) for line in vm.console.lines if re.fullmatch(r"DISK \d+ ok", line))
@@ -188,5 +191,15 @@ def test_after_a_power_cut_without_its_provider_it_is_locked_and_unlocks_by_itse
     assert found, line
     assert int(found[1]) > 0
     assert int(found[2]) >= written
-    types = [event for event in vm.cluster.sealift("events", "--json").stdout.splitlines() if vm.name in event]
-    assert any("lock" in event for event in types)
+    told = _events_of(vm)[told_before:]
+    assert [event["type"] for event in told if event["type"] in ("vm.locked", "vm.unlocked")] == [
+        "vm.locked",
+        "vm.unlocked",
+    ]
+    (locking,) = [event["text"] for event in told if event["type"] == "vm.locked"]
+    assert key_id in locking
+
+
+def _events_of(vm: Guest) -> list[dict[str, Any]]:
+    lines = vm.cluster.sealift("events", "--json").stdout.splitlines()
+    return [event for event in map(json.loads, lines) if event["vm"] == vm.name]

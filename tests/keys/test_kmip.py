@@ -164,3 +164,23 @@ def test_a_provider_without_a_certificate_says_so(servers: KmipServers, tmp_path
         assert "there is no client certificate yet" in (await provider.probe()).message
 
     asyncio.run(main())
+
+
+def test_a_certificate_made_here_is_good_once_a_server_trusts_it(tmp_path: Path) -> None:
+    """What an administrator installs at a server is the certificate itself: it has signed itself."""
+    servers, directory = KmipServers(tmp_path / "kmip", members=1), tmp_path / "client"
+    kmip_trust.pin(directory, servers.authority.pem)
+    with (servers.directory / "authority.pem").open("a") as trusted:
+        trusted.write(kmip_trust.generate(directory, "sealift-controller"))
+
+    async def main() -> None:
+        provider = KmipProvider("kms", servers.members, directory)
+        key_id = await new_key(provider, "made by who signed himself")
+        assert len((await provider.get(key_id)).reveal()) == 32
+        await provider.close()
+
+    servers.start()
+    try:
+        asyncio.run(main())
+    finally:
+        servers.close()
