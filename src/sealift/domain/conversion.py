@@ -26,8 +26,8 @@ class ConversionOrder:
     """One conversion. Disk n of ``config`` becomes the image that disk n of the VM is now, under the key it names.
 
     ``config`` is the VM's configuration afterwards: the same disks at the same paths, other ``dek``s. ``file`` is its
-    configuration file afterwards, byte for byte (latin-1); empty when it is in clear then. A disk with a ``size_bytes``
-    whose image is not there yet is made anew. ``verify``: read back a sample of each new image, or all of it, and
+    configuration file afterwards, byte for byte (latin-1); empty when it is in clear then. ``is_new``: the VM was
+    defined for it and has never run, so a disk with a ``size_bytes`` whose image is not there yet is made anew. ``verify``: read back a sample of each new image, or all of it, and
     compare with the old one before the swap.
     """
 
@@ -38,6 +38,7 @@ class ConversionOrder:
     config: VmConfig
     file: str
     verify: Literal["sample", "full"]
+    is_new: bool = False
 
 
 class ConversionState(Enum):
@@ -56,7 +57,10 @@ CONVERSION_FINAL = frozenset({ConversionState.DONE, ConversionState.FAILED, Conv
 
 @dataclass(frozen=True)
 class ConversionStatus:
-    """A host's report of a conversion; bytes of virtual disk copied so far and in all."""
+    """A host's report of a conversion; bytes of virtual disk copied so far and in all.
+
+    ``decided``: it has been SWAPPING. One that failed all the same may have left an image under the new keys.
+    """
 
     id: UUID
     vm: UUID
@@ -66,6 +70,7 @@ class ConversionStatus:
     error_slug: str = ""
     error: str = ""
     todo: str = ""
+    decided: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,4 +91,5 @@ class DiskFacts:
     block_device: bool = False
     snapshots: int = 0
     backing: bool = False  # refers to another file
+    links: int = 1  # names of the image's file; with more than one, another keeps what is replaced here
     error: str = ""
