@@ -26,9 +26,9 @@ class ConversionOrder:
     """One conversion. Disk n of ``config`` becomes the image that disk n of the VM is now, under the key it names.
 
     ``config`` is the VM's configuration afterwards: the same disks at the same paths, other ``dek``s. ``file`` is its
-    configuration file afterwards, byte for byte (latin-1); empty when it is in clear then. ``is_new``: the VM was
-    defined for it and has never run, so a disk with a ``size_bytes`` whose image is not there yet is made anew. ``verify``: read back a sample of each new image, or all of it, and
-    compare with the old one before the swap.
+    configuration file afterwards, byte for byte (latin-1); empty when it is in clear then. ``verify``: read back a
+    sample of each new image, or all of it, and compare with the old one before the swap. ``is_new``: the VM was defined
+    for this and has never run, so a disk with a ``size_bytes`` whose image is not there is made anew.
     """
 
     id: UUID
