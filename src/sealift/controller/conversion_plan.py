@@ -86,6 +86,7 @@ class Planner:
             images=tuple(images),
             host=capabilities,
             runs_controller=self.machine() == vm.uuid,
+            is_new=is_new,
         )
         plan = ConversionPlan(check_conversion(facts))
         plan.total_bytes = sum(

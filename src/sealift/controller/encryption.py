@@ -278,7 +278,7 @@ def _record(wish: ConversionWish, vm: VmRow, host: HostRow, plan: ConversionPlan
 def _order(row: ConversionRow, after: VmConfig) -> ConversionOrder:
     verify: Verify = "full" if row.verify == "full" else "sample"
     file = row.after_file.decode("latin-1")
-    return ConversionOrder(row.id, row.vm, row.fence, ConversionKind(row.kind), after, file, verify)
+    return ConversionOrder(row.id, row.vm, row.fence, ConversionKind(row.kind), after, file, verify, is_new=row.with_vm)
 
 
 def _under(config: VmConfig, deks: Sequence[UUID | None]) -> VmConfig:

@@ -25,6 +25,7 @@ class ConversionFacts:
 
     ``config`` is the VM's configuration as it is, ``images`` what its host says of each of its disks, in their order.
     ``state`` is None when the host does not know the VM. ``runs_controller``: this controller was found to run in it.
+    ``is_new``: the VM was never defined before, so its images may be made.
     """
 
     vm_name: str
@@ -36,6 +37,7 @@ class ConversionFacts:
     images: tuple[DiskFacts, ...]
     host: HostCapabilities
     runs_controller: bool
+    is_new: bool
 
 
 def check_conversion(facts: ConversionFacts) -> list[Finding]:
@@ -95,9 +97,12 @@ def _image(facts: ConversionFacts, disk: Disk, image: DiskFacts) -> Iterable[Fin
         )
         return
     if not image.exists:
-        if facts.kind is not ConversionKind.ENCRYPT or not disk.size_bytes:
+        # One that was there and is not now lies most likely on a datastore that is away: never another in its place.
+        if not facts.is_new:
+            yield _error(f"{where} is not there on host {facts.host_name}", "is its datastore mounted? put it back")
+        elif facts.kind is not ConversionKind.ENCRYPT or not disk.size_bytes:
             yield _error(
-                f"{where} is not there on host {facts.host_name}", "put it back, or give it a size to have it made"
+                f"{where} is not there on host {facts.host_name}", "put it there, or give it a size to have it made"
             )
         return
     if image.block_device:
@@ -114,6 +119,11 @@ def _image(facts: ConversionFacts, disk: Disk, image: DiskFacts) -> Iterable[Fin
         yield _error(
             f"{where} refers to another file, which would stay as it is",
             "merge both into one image with `qemu-img convert`",
+        )
+    if image.links > 1 and facts.kind is ConversionKind.ENCRYPT:
+        yield _warning(
+            f"{where} is a file with {image.links} names; under the others the image in clear stays",
+            f"find them with `find -samefile {disk.path}`, and remove them when nothing needs them",
         )
 
 
