@@ -13,7 +13,7 @@ from typing import Literal
 from doubles.hosts import Fuse
 from sealift.domain.conversion import DiskFacts
 from sealift.errors import AlreadyExists, ConversionFailed
-from sealift.hypervisor.images import ImageRef, Images, OnBytes
+from sealift.hypervisor.images import FileId, ImageRef, Images, OnBytes
 from sealift.secret import Secret
 
 
@@ -45,7 +45,7 @@ class PlayedImages(Images):
         size = _size(path)
         return DiskFacts(path, size > 0, size, size, 1 << 30, "ext4")
 
-    def _write(self, path: str, text: str) -> None:
+    def _write(self, path: str, text: str) -> FileId:
         self._fuse.point(f"before making {path}")
         try:
             with open(path, "x") as file:
@@ -53,16 +53,19 @@ class PlayedImages(Images):
                 file.flush()
                 self._fuse.point(f"while making {path}")
                 file.write(text[len(text) // 2 :])
+                made = os.fstat(file.fileno())
         except FileExistsError:
             raise AlreadyExists(f"there is a file at {path} already") from None
         self._fuse.point(f"after making {path}")
+        return FileId(made.st_dev, made.st_ino)
 
-    async def create(self, path: str, format: Literal["qcow2", "raw"], size_bytes: int, dek: Secret | None) -> None:
-        self._write(path, image("", dek))
+    async def create(self, path: str, format: Literal["qcow2", "raw"], size_bytes: int, dek: Secret | None) -> FileId:
+        return self._write(path, image("", dek))
 
-    async def convert(self, source: ImageRef, target: ImageRef, on_bytes: OnBytes) -> None:
-        self._write(target.path, image(opened(source.path, source.dek), target.dek))
+    async def convert(self, source: ImageRef, target: ImageRef, on_bytes: OnBytes) -> FileId:
+        made = self._write(target.path, image(opened(source.path, source.dek), target.dek))
         on_bytes(1, 1)
+        return made
 
     async def verify(self, source: ImageRef, target: ImageRef, *, full: bool, on_bytes: OnBytes) -> None:
         if opened(source.path, source.dek) != opened(target.path, target.dek):

@@ -321,6 +321,29 @@ def test_a_full_datastore_is_named(tmp_path: Path, small: Path, format: str) -> 
     assert Path(source.path).stat().st_size == SIZE
 
 
+def test_keys_are_out_of_a_copys_reach_while_it_copies(tmp_path: Path) -> None:
+    """They were in anonymous files, which are empty as soon as QEMU has read them."""
+
+    def kept() -> list[int]:
+        links = {fd: os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.exists()}
+        return [fd.stat().st_size for fd, link in links.items() if "sealift-passphrase" in link]
+
+    async def check() -> None:
+        images, source, key = Images(), write_source(tmp_path / "source"), new_key()
+        target = ImageRef(str(tmp_path / "target"), "qcow2", key)
+        seen: list[list[int]] = []
+
+        def look(done: int, total: int) -> None:
+            seen.append(kept())
+
+        await images.convert(source, target, look)
+        assert seen[0] == [0], "one key, already emptied"
+        await images.verify(source, target, full=True, on_bytes=look)
+        assert set(map(tuple, seen)) <= {(0,), ()}
+
+    asyncio.run(check())
+
+
 # --- facts ---------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +368,9 @@ def test_what_cannot_be_looked_at_says_so(tmp_path: Path) -> None:
         for nothing in (tmp_path, tmp_path / "fifo"):
             assert "is not a disk" in (await images.look(str(nothing), "raw")).error
         (tmp_path / "raw").write_bytes(b"no image")
+        assert (await images.look(str(tmp_path / "raw"), "raw")).links == 1
+        os.link(tmp_path / "raw", tmp_path / "other name")
+        assert (await images.look(str(tmp_path / "raw"), "raw")).links == 2
         wrong = await images.look(str(tmp_path / "raw"), "qcow2")
         assert wrong.exists
         assert "not a qcow2 image" in wrong.error

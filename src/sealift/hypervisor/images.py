@@ -18,7 +18,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sealift.domain.conversion import DiskFacts
 from sealift.errors import AlreadyExists, ConversionFailed, DatastoreFull, HypervisorError, SealiftError
@@ -29,6 +29,7 @@ from sealift.hypervisor.passphrase import LUKS_ITER_TIME_MS
 from sealift.hypervisor.qemu_img import Ended, key_id, run
 from sealift.secret import Secret
 
+T = TypeVar("T")
 Format = Literal["qcow2", "raw"]
 OnBytes = Callable[[int, int], None]
 """Hears of progress: bytes of virtual disk done, and all of them."""
@@ -53,6 +54,14 @@ class ImageRef:
     path: str
     format: Format
     dek: Secret | None
+
+
+@dataclass(frozen=True)
+class FileId:
+    """A file, whatever its name: device and inode, as stat(2) says."""
+
+    device: int
+    inode: int
 
 
 def sample(size: int, below: Callable[[int], int]) -> list[tuple[int, int]]:
@@ -123,19 +132,20 @@ class Images:
         """What can be said of an image and its datastore without its key; never raises: see ``DiskFacts.error``."""
         return await asyncio.to_thread(_look, path, format)
 
-    async def create(self, path: str, format: Format, size_bytes: int, dek: Secret | None) -> None:
+    async def create(self, path: str, format: Format, size_bytes: int, dek: Secret | None) -> FileId:
         """Make an image (0600) that the guest sees with ``size_bytes``, encrypted with ``dek``, or in clear for None.
 
-        It reads as zeros, except a raw encrypted one, which reads as noise. On return it is on the disk. Raises
-        AlreadyExists, DatastoreFull, HypervisorError; then nothing of it is there.
+        It reads as zeros, except a raw encrypted one, which reads as noise. On return it is on the disk; answers which
+        file was made for it. Raises AlreadyExists, DatastoreFull, HypervisorError; then nothing of it is there.
         """
-        await self._make(path, format, size_bytes, dek)
+        made = await self._make(path, format, size_bytes, dek)
         await self._durable(path)
+        return made
 
-    async def _make(self, path: str, format: Format, size_bytes: int, dek: Secret | None) -> None:
+    async def _make(self, path: str, format: Format, size_bytes: int, dek: Secret | None) -> FileId:
         try:
             # By us, so that it is ours alone from the first moment; qemu-img keeps the mode of what is there.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            made = await _to_the_end(lambda: _open_new(path), lambda: _remove(path))
         except FileExistsError:
             raise AlreadyExists(f"there is a file at {path} already", todo="remove it, if nothing needs it") from None
         except OSError as error:
@@ -155,26 +165,27 @@ class Images:
                     [] if dek is None else [dek],
                 )
                 if ended.code == 0:
-                    return
+                    return made
                 if _NO_CPU_TIME not in ended.said:
                     break
             failed = _failed(f"the image {path} cannot be made", path, ended)
             raise failed if isinstance(failed, DatastoreFull) else HypervisorError(failed.what)
         except BaseException:
-            _remove(path)
+            await _to_the_end(lambda: _remove(path))
             raise
 
     async def _durable(self, path: str) -> None:
         try:
-            await asyncio.to_thread(_flush, path)
+            await _to_the_end(lambda: _flush(path))
         except BaseException as error:
-            _remove(path)
+            await _to_the_end(lambda: _remove(path))
             if isinstance(error, OSError):
                 raise _os_error("cannot be written", path, error) from error
             raise
 
-    async def convert(self, source: ImageRef, target: ImageRef, on_bytes: OnBytes) -> None:
-        """Copy what the guest sees of ``source`` into a new image (0600); on return it is on the disk.
+    async def convert(self, source: ImageRef, target: ImageRef, on_bytes: OnBytes) -> FileId:
+        """Copy what the guest sees of ``source`` into a new image (0600); on return it is on the disk. Answers which
+        file was made for it.
 
         What reads as zeros stays a hole, except in a raw encrypted image, which is written in full. Nobody may write
         to ``source`` meanwhile; QEMU's lock is asked for. Raises AlreadyExists, DatastoreFull, ConversionFailed,
@@ -187,7 +198,7 @@ class Images:
                 todo="delete them: qemu-img snapshot -d",
             )
         size = header.virtual_bytes
-        await self._make(target.path, target.format, size, target.dek)
+        made = await self._make(target.path, target.format, size, target.dek)
         old, new, keys = _two(source, target)
         # Holes of a raw encrypted image read as noise: zeros must be written there.
         holes = [] if target.format == "raw" and target.dek is not None else ["--target-is-zero"]
@@ -204,10 +215,11 @@ class Images:
             if ended.code:
                 raise _failed(f"{source.path} cannot be copied to {target.path}", target.path, ended)
         except BaseException:
-            _remove(target.path)
+            await _to_the_end(lambda: _remove(target.path))
             raise
         await self._durable(target.path)
         on_bytes(size, size)
+        return made
 
     async def verify(self, source: ImageRef, target: ImageRef, *, full: bool, on_bytes: OnBytes) -> None:
         """Whether the guest would see the same in both images, as they are on the disk.
@@ -259,6 +271,27 @@ def _os_error(what: str, path: str, error: OSError) -> SealiftError:
     return HypervisorError(f"the image {path} {what}: {error.strerror}")
 
 
+async def _to_the_end(act: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
+    """Do this in a thread, for the datastore may hang; cancelled, wait until it is done all the same, then undo it."""
+    doing = asyncio.ensure_future(asyncio.to_thread(act))
+    try:
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait([doing])
+        if doing.exception() is None and undo is not None:
+            await asyncio.to_thread(undo)
+        raise
+
+
+def _open_new(path: str) -> FileId:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        found = os.fstat(fd)
+    finally:
+        os.close(fd)
+    return FileId(found.st_dev, found.st_ino)
+
+
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
@@ -286,7 +319,8 @@ def _look(path: str, format: Format) -> DiskFacts:
         block_device=store.block_device,
     )
     try:
-        occupied = os.stat(path).st_blocks * 512
+        found = os.stat(path)
+        occupied, links = found.st_blocks * 512, found.st_nlink
         header = read_header(path, format)
     except FileNotFoundError:
         return known
@@ -301,5 +335,6 @@ def _look(path: str, format: Format) -> DiskFacts:
         file_bytes=header.virtual_bytes if store.block_device else occupied,
         snapshots=header.snapshots,
         backing=header.refers,
+        links=links,
         error=f"{path} is encrypted in a way that Sealift does not use" if header.other_cipher else "",
     )

@@ -62,18 +62,19 @@ async def run(
 ) -> Ended:
     """Run a program with ``--object`` for each of ``keys`` (``key_id``) behind its first argument, until it ends.
 
-    ``on_percent`` hears of the progress it prints, 0 to 100. Cancelled, it is killed, and gone on return. Raises
-    QemuMissing when it, or setpriv, is not installed.
+    ``on_percent`` hears of the progress it prints, 0 to 100. With the first of it the keys have been read, since QEMU's
+    tools make their objects as they read their options, and are taken from the child's reach. Cancelled, it is killed,
+    and gone on return. Raises QemuMissing when it, or setpriv, is not installed.
     """
     found = _program(program, "install QEMU's tools (Debian: apt install qemu-utils)")
     setpriv = _program("setpriv", "install util-linux")
     with contextlib.ExitStack() as stack:
         objects: list[str] = []
-        passed: list[int] = []
+        passphrases: list[Passphrase] = []
         for number, key in enumerate(keys):
             passphrase = stack.enter_context(Passphrase())
             passphrase.fill(key)
-            passed.append(passphrase.fd)
+            passphrases.append(passphrase)
             objects += ["--object", f"secret,id={key_id(number)},file={passphrase.path},format=raw"]
         child = await asyncio.create_subprocess_exec(
             *(setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _IF_PARENT_LIVES, "sh", str(os.getpid()), found),
@@ -81,7 +82,7 @@ async def run(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            pass_fds=passed,
+            pass_fds=[passphrase.fd for passphrase in passphrases],
             env={"PATH": os.environ.get("PATH", os.defpath), "LANG": "C"},
             cwd="/",
         )
@@ -89,7 +90,7 @@ async def run(
         assert child.stderr is not None
         try:
             async with asyncio.TaskGroup() as reading:
-                reading.create_task(_follow(child.stdout, on_percent))
+                reading.create_task(_follow(child.stdout, passphrases, on_percent))
                 said = reading.create_task(_last(child.stderr))
             code = await child.wait()
         except BaseException:
@@ -100,11 +101,17 @@ async def run(
     return Ended(code, said.result())
 
 
-async def _follow(stream: asyncio.StreamReader, on_percent: Callable[[float], None] | None) -> None:
+async def _follow(
+    stream: asyncio.StreamReader, passphrases: list[Passphrase], on_percent: Callable[[float], None] | None
+) -> None:
     rest = b""
     while piece := await stream.read(_READ_BYTES):
         percent, rest = parse_progress(rest + piece)
-        if percent is not None and on_percent is not None:
+        if percent is None:
+            continue
+        while passphrases:
+            passphrases.pop().empty()
+        if on_percent is not None:
             on_percent(percent)
 
 
