@@ -423,6 +423,13 @@ def test_orders_that_contradict_themselves_are_refused(scene: Scene) -> None:
                 await b.moves.take_target(order, secret(), scene.keys)
         with pytest.raises(InvalidInput, match="plain text"):  # P5, at the source too
             await a.moves.take_source(scene.order(protection="plain"), secret())
+        clear = replace(scene.world.hardware, config=replace(scene.config, disks=()))
+        with pytest.raises(InvalidInput, match="encrypted here"):  # whatever the order says of its disks
+            await a.moves.take_source(scene.order(protection="plain", hardware=clear, file=""), secret())
+        for other in (clear, replace(scene.world.hardware, machine="pc-q35-7.1")):
+            with pytest.raises(InvalidInput, match="hardware is not that"):
+                await a.moves.take_source(scene.order(hardware=other), secret())
+        assert (a._journal.moves(), a.vms.busy) == ([], set())
         b._journal.note_file(scene.vm, 8, "")
         with pytest.raises(Conflict, match="generation 7"):
             await b.moves.take_target(scene.order(), secret(), scene.keys)

@@ -16,7 +16,7 @@ from sealift.agent.handover import put_away
 from sealift.agent.journal import Journal, MoveRow, aborted_unseen, unfinished
 from sealift.agent.move import Move, Parts, marked
 from sealift.agent.needed_files import check_files
-from sealift.agent.order_checks import check_order, file_in
+from sealift.agent.order_checks import check_order, check_own, file_in
 from sealift.agent.recovery import answered, ended, without_qemu
 from sealift.agent.relays import Relays, relay_log
 from sealift.agent.settings import AgentSettings
@@ -81,6 +81,8 @@ class Moves:
     async def _set_out(self, order: MoveOrder, secret: MoveSecret) -> MoveStatus:
         if (await self._vms.status(order.vm)).state is not VmState.RUNNING:
             raise Conflict(f"VM {order.vm_name} does not run on {order.source_name}")
+        own = self._vms.row(order.vm)
+        check_own(order, own.config, own.hardware)
         vm = self._vms.handle(order.vm)
         row = self._row(order, Role.SOURCE)
         try:
@@ -113,7 +115,7 @@ class Moves:
         if self._vms.has(order.vm):
             raise AlreadyExists(f"host {self._settings.name} has VM {order.vm_name} already")
         await self._hypervisor.check_record(order.hardware)
-        check_files(order.hardware.config, self._settings.name)
+        await asyncio.to_thread(check_files, order.hardware.config, self._settings.name)
         if (file := file_in(order)) is not None:
             self._vms.files.refuse_older(order.vm, file)
         row = self._row(order, Role.TARGET)

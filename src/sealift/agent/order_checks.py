@@ -7,6 +7,7 @@ from uuid import UUID
 from sealift.agent.vm_files import VmFile, from_order
 from sealift.channel.protocol import CHANNEL_VERSION
 from sealift.domain.move import MoveOrder, refuse_plain
+from sealift.domain.vm import HardwareRecord, VmConfig
 from sealift.errors import InvalidInput, PlanRefused
 
 
@@ -22,6 +23,24 @@ def check_order(order: MoveOrder, meant: UUID, *, host: UUID, name: str, can_sea
     if order.hardware.config.uuid != order.vm:
         raise InvalidInput("the migration order's hardware is another VM's")
     refuse_plain(order)
+
+
+def check_own(order: MoveOrder, config: VmConfig, hardware: HardwareRecord | None) -> None:
+    """What the source knows of its VM by itself; the order's word is not taken for it.
+
+    Raises InvalidInput for a plain order to move a VM that is encrypted here (promise P5), whatever the order says of
+    its disks, and for one that describes other hardware than the VM runs with.
+    """
+    if order.protection == "plain" and (config.deks or (hardware is not None and hardware.config.deks)):
+        raise InvalidInput(
+            f"the migration order would move VM {config.name}, which is encrypted here, in plain text",
+            todo="an encrypted VM is always moved sealed; plan the migration again",
+        )
+    if order.hardware != hardware:
+        raise InvalidInput(
+            f"the migration order's hardware is not that with which VM {config.name} runs",
+            todo="plan the migration again",
+        )
 
 
 def file_in(order: MoveOrder) -> VmFile | None:
