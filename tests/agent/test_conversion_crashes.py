@@ -29,6 +29,7 @@ from sealift.errors import Conflict
 from support.vm_files import file_of, keys
 
 DISKS = ("a", "b", "c")
+DECIDED = "after journaling conversion swapping"
 BEFORE = {ConversionKind.ENCRYPT: False, ConversionKind.DECRYPT: True, ConversionKind.REKEY: True}
 AFTER = {ConversionKind.ENCRYPT: True, ConversionKind.DECRYPT: False, ConversionKind.REKEY: True}
 
@@ -39,10 +40,12 @@ def with_keys(config: VmConfig, *, encrypted: bool) -> VmConfig:
 
 
 class Scene:
-    """A stopped VM with three disks, the last of which is not made yet, and an order to convert them."""
+    """A stopped VM with two disks, or a new one with a third that is not made yet, and an order to convert them."""
 
-    def __init__(self, world: World, directory: Path, kind: ConversionKind, names: tuple[str, ...] = DISKS) -> None:
+    def __init__(self, world: World, directory: Path, kind: ConversionKind) -> None:
         self.world, self.directory, self.host = world, directory, world.a
+        self.is_new = kind is ConversionKind.ENCRYPT
+        self.names = names = DISKS if self.is_new else DISKS[:2]
         directory.mkdir()
         self.host.images = PlayedImages
         plain = replace(world.config, disks=tuple(Disk(str(directory / name), "raw", size_bytes=512) for name in names))
@@ -53,7 +56,7 @@ class Scene:
         for name, disk in zip(DISKS[:2], self.before.disks, strict=False):
             (directory / name).write_text(image(f"content of {name}", self.keys[disk.dek] if disk.dek else None))
         self.order = ConversionOrder(
-            uuid4(), world.config.uuid, 2, kind, self.after, self.files[1].decode("latin-1"), "sample"
+            uuid4(), world.config.uuid, 2, kind, self.after, self.files[1].decode("latin-1"), "sample", self.is_new
         )
 
     async def begin(self) -> None:
@@ -69,6 +72,11 @@ class Scene:
         await self.host.conversions.take(self.order, self.keys)
         await asyncio.gather(*self.host.conversions._tasks.values())
 
+    async def come_back(self) -> None:
+        """Another agent, until it has settled what it found."""
+        await self.host.boot()
+        await asyncio.gather(*self.host.conversions._tasks.values())
+
     def wrong(self) -> list[str]:
         """What is not as promised, by an agent that has come back."""
         config = self.host.vms.row(self.before.uuid).config
@@ -76,17 +84,19 @@ class Scene:
         if config not in (self.before, self.after):
             found.append("the configuration is neither of the two")
         made = config == self.after
-        for name, disk in zip(DISKS if made else DISKS[:2], config.disks, strict=False):
+        for name, disk in zip(self.names if made else DISKS[:2], config.disks, strict=False):
             content = opened(disk.path, self.keys[disk.dek] if disk.dek else None)
             if content != ("" if name == "c" else f"content of {name}"):
                 found.append(f"disk {name} has {content!r}")
-        if sorted(path.name for path in self.directory.iterdir()) != sorted(DISKS if made else DISKS[:2]):
+        if sorted(path.name for path in self.directory.iterdir()) != sorted(self.names if made else DISKS[:2]):
             found.append(f"there are {list(self.directory.iterdir())}")
         if self.host.vms.files.read(config.uuid) != self.files[made]:
             found.append("the configuration file is another one")
         if self.host.vms.converting:
             found.append("the VM is still reserved")
         status = self.status(self.order.id)
+        if status is not None and status.decided is not made:
+            found.append(f"it was decided otherwise: {status}")
         if status is not None and (status.state is ConversionState.DONE) is not made:
             found.append(f"it says {status}")
         if status is not None and status.state not in CONVERSION_FINAL:
@@ -103,9 +113,9 @@ def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deaths also between two renames, and around the configuration file."""
     put, write, remove = new_images._put, VmFiles.write, VmFiles.remove
 
-    def fused_put(new: NewImage) -> bool:
+    def fused_put(new: NewImage, found_again: bool) -> bool:
         World.current.a.fuse.point("before a rename")
-        answer = put(new)
+        answer = put(new, found_again)
         World.current.a.fuse.point("after a rename")
         return answer
 
@@ -138,7 +148,7 @@ def played(world: World, directory: Path, kind: ConversionKind, at: int) -> tupl
             await scene.carry_out()
         except Killed:
             await host.crash()
-            await host.boot()
+            await scene.come_back()
         found = scene.wrong()
         state = scene.status(scene.order.id)
         again = replace(scene.order, id=uuid4(), fence=3)
@@ -160,7 +170,7 @@ def test_an_agent_killed_at_any_moment_of_a_conversion(
 ) -> None:
     did, found = played(worlds(), tmp_path / "whole", kind, 0)
     assert found == []
-    assert did.count("after a rename") == len(DISKS)
+    assert did.count("after a rename") == (3 if kind is ConversionKind.ENCRYPT else 2)
     decided = did.index("after journaling conversion swapping")
     assert did.index("before a rename") > decided > max(n for n, what in enumerate(did) if "after making" in what)
     wrong = {}
@@ -171,21 +181,29 @@ def test_an_agent_killed_at_any_moment_of_a_conversion(
     assert not wrong, "\n".join(f"{where}: {what}" for where, what in wrong.items())
 
 
-async def until_decided(scene: Scene) -> None:
-    """Carry a conversion out until it is decided, when its agent dies."""
+async def until(scene: Scene, moment: str) -> None:
+    """Carry a conversion out until this effect, when its agent dies."""
     fuse = scene.host.fuse
     point = fuse.point
 
-    def die_when_decided(what: str) -> None:
+    def die_then(what: str) -> None:
         point(what)
-        if what == "after journaling conversion swapping":
+        if what.startswith(moment):
             fuse.blown = True
             raise Killed
 
-    fuse.point = die_when_decided  # type: ignore[method-assign]
+    fuse.point = die_then  # type: ignore[method-assign]
     with pytest.raises(Killed):
         await scene.carry_out()
     await scene.host.crash()
+
+
+async def said(scene: Scene) -> ConversionStatus:
+    """What an agent that has come back says first of what is in its way."""
+    async with asyncio.timeout(10):
+        while not (status := scene.host.conversions.status(scene.order.id)).error:  # noqa: ASYNC110 - no event of it
+            await asyncio.sleep(0.001)
+    return status
 
 
 def test_a_datastore_that_is_away_when_the_agent_comes_back_is_waited_for(world: World, tmp_path: Path) -> None:
@@ -194,11 +212,12 @@ def test_a_datastore_that_is_away_when_the_agent_comes_back_is_waited_for(world:
     async def main() -> None:
         scene = Scene(world, tmp_path / "store", ConversionKind.REKEY)
         await scene.begin()
-        await until_decided(scene)
+        await until(scene, DECIDED)
         scene.directory.rename(tmp_path / "elsewhere")
         scene.directory.mkdir()
         await scene.host.boot()
-        status = scene.host.conversions.status(scene.order.id)
+        status = await said(scene)
+        assert status.decided
         assert (status.state, status.error_slug) == (ConversionState.SWAPPING, "conversion_failed")
         assert "mounted" in status.todo
         assert scene.host.vms.row(scene.before.uuid).config == scene.before
@@ -214,16 +233,75 @@ def test_a_datastore_that_is_away_when_the_agent_comes_back_is_waited_for(world:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("away", ["empty", "not there"])
+def test_a_copy_in_clear_on_a_datastore_that_is_away_is_removed_when_it_comes_back(
+    world: World, tmp_path: Path, away: str
+) -> None:
+    """The power goes while a VM is decrypted, and the host is back before its datastore: it is not over until then."""
+
+    async def main() -> None:
+        scene = Scene(world, tmp_path / "store", ConversionKind.DECRYPT)
+        await scene.begin()
+        await until(scene, "after making")
+        [copy] = [path.name for path in scene.directory.iterdir() if path.name not in DISKS]
+        scene.directory.rename(tmp_path / "elsewhere")
+        if away == "empty":
+            scene.directory.mkdir()
+        await scene.host.boot()
+        status = await said(scene)
+        assert (status.state, status.decided) == (ConversionState.COPYING, False)
+        assert "mounted" in status.todo
+        with pytest.raises(Conflict, match=str(scene.order.id)):
+            await scene.host.vms.start(scene.before.uuid, sha256(scene.files[0]))
+        with pytest.raises(Conflict):
+            await scene.host.conversions.forget(scene.order.id)
+        assert (tmp_path / "elsewhere" / copy).exists()
+        if away == "empty":
+            scene.directory.rmdir()
+        (tmp_path / "elsewhere").rename(scene.directory)
+        await asyncio.gather(*scene.host.conversions._tasks.values())
+        assert scene.wrong() == []
+        status = scene.host.conversions.status(scene.order.id)
+        assert (status.state, status.decided) == (ConversionState.FAILED, False)
+        await scene.host.conversions.forget(scene.order.id)
+        await scene.host.crash()
+
+    asyncio.run(main())
+
+
+def test_a_failed_conversion_is_not_forgotten_while_its_datastore_is_away(world: World, tmp_path: Path) -> None:
+    async def main() -> None:
+        scene = Scene(world, tmp_path / "store", ConversionKind.DECRYPT)
+        await scene.begin()
+        await until(scene, "after making")
+        [copy] = [path.name for path in scene.directory.iterdir() if path.name not in DISKS]
+        content = (scene.directory / copy).read_text()
+        await scene.come_back()
+        await scene.host.crash()
+        (scene.directory / copy).write_text(content)  # a removal that was not on the disk when the power went
+        await scene.come_back()
+        assert scene.wrong() == []
+        scene.directory.rename(tmp_path / "elsewhere")
+        with pytest.raises(Conflict, match="datastore is not there"):
+            await scene.host.conversions.forget(scene.order.id)
+        (tmp_path / "elsewhere").rename(scene.directory)
+        await scene.host.conversions.forget(scene.order.id)
+        await scene.host.crash()
+
+    asyncio.run(main())
+
+
 def test_new_images_that_somebody_removed_leave_the_old_ones(world: World, tmp_path: Path) -> None:
     async def main() -> None:
-        scene = Scene(world, tmp_path / "store", ConversionKind.REKEY, DISKS[:2])
+        scene = Scene(world, tmp_path / "store", ConversionKind.REKEY)
         await scene.begin()
-        await until_decided(scene)
+        await until(scene, DECIDED)
         for path in scene.directory.glob("*.sealift-*"):
             path.unlink()
-        await scene.host.boot()
-        assert scene.host.conversions.status(scene.order.id).state is ConversionState.FAILED
-        assert scene.wrong() == []
+        await scene.come_back()
+        status = scene.host.conversions.status(scene.order.id)
+        assert (status.state, status.decided) == (ConversionState.FAILED, True)
+        assert [what for what in scene.wrong() if not what.startswith("it was decided")] == []
         await scene.host.crash()
 
     asyncio.run(main())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,12 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from doubles.hosts import Fuse, Host, World
+from doubles.hosts import Fuse, Host, Killed, World
 from doubles.images import PlayedImages, image, opened
+from sealift.agent import new_images
 from sealift.agent.conversion_plan import Step, check_room, plan
 from sealift.agent.journal import VmRow
+from sealift.agent.new_images import Place
 from sealift.agent.vm_files import sha256
 from sealift.domain.conversion import (
     CONVERSION_FINAL,
@@ -37,7 +40,7 @@ from sealift.errors import (
     SealiftError,
     StaleFence,
 )
-from sealift.hypervisor.images import ImageRef, OnBytes
+from sealift.hypervisor.images import FileId, ImageRef, OnBytes
 from support.converting import content_of, files_in, image_with
 from support.vm_files import file_of, keys
 
@@ -57,10 +60,10 @@ class Gated(PlayedImages):
     def open(self) -> None:
         self._gate.set()
 
-    async def convert(self, source: ImageRef, target: ImageRef, on_bytes: OnBytes) -> None:
+    async def convert(self, source: ImageRef, target: ImageRef, on_bytes: OnBytes) -> FileId:
         self.waiting.set()
         await self._gate.wait()
-        await super().convert(source, target, on_bytes)
+        return await super().convert(source, target, on_bytes)
 
 
 def play(world: World, scene: Callable[[Host], Awaitable[None]]) -> None:
@@ -136,7 +139,7 @@ def store(tmp_path: Path) -> Path:
 def test_a_vm_is_encrypted_and_decrypted(world: World, store: Path) -> None:
     async def scene(host: Host) -> None:
         plain = await vm_in_clear(world, host, store, "qcow2")
-        vm, mode, owner = plain.uuid, 0o640, (4242, 4243) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+        vm, mode, owner = plain.uuid, 0o664, (4242, 4243) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
         for disk in plain.disks:
             os.chown(disk.path, *owner)
             os.chmod(disk.path, mode)
@@ -156,7 +159,9 @@ def test_a_vm_is_encrypted_and_decrypted(world: World, store: Path) -> None:
             for disk, inode in zip(after.disks, before, strict=True):
                 found = os.stat(disk.path)
                 assert found.st_ino != inode
-                assert (found.st_mode & 0o7777, found.st_uid, found.st_gid) == (mode, *owner)
+                # Who could read the encrypted image does not get one in clear.
+                wanted = 0o660 if kind is DECRYPT else mode
+                assert (found.st_mode & 0o7777, found.st_uid, found.st_gid) == (wanted, *owner)
                 if kind is not DECRYPT:  # not with the keys of before, and nothing of the content is on the disk
                     assert CONTENT[:64] not in (store / "disk.qcow2").read_bytes()
                     with pytest.raises(SealiftError):
@@ -186,6 +191,9 @@ def test_a_new_vm_is_encrypted_from_the_beginning_and_decrypted(world: World, st
             await host.vms.start(plain.uuid, "")
         after = with_keys(plain, encrypted=True)
         order = order_for(after, ENCRYPT, generation=1)
+        with pytest.raises(NotFound, match="mounted"):  # another VM's may lie on a datastore that is away
+            await host.conversions.take(replace(order, id=uuid4()), keys(*after.deks))
+        order = replace(order, is_new=True)
         await host.conversions.take(order, keys(*after.deks))
         assert (await ended(host, order)).state is ConversionState.DONE
         [before] = await seen(after)
@@ -282,6 +290,137 @@ def test_a_cancelled_conversion_leaves_the_old_image_and_nothing_else(world: Wor
     play(world, scene)
 
 
+def test_an_image_that_was_changed_while_it_was_copied_is_not_replaced(world: World, store: Path) -> None:
+    """Another host may have a VM with the same image, which no lock of this one tells of."""
+
+    async def scene(host: Host) -> None:
+        plain, images = await gated_vm(world, host, store)
+        images.open()
+        order = order_for(with_keys(plain, encrypted=True), ENCRYPT, generation=1)
+        verify = images.verify
+
+        async def verify_and_write(*refs: ImageRef, **words: Any) -> None:
+            await verify(*refs, **words)
+            (store / "disk").write_text(image("changed", None))
+
+        images.verify = verify_and_write  # type: ignore[method-assign, assignment]
+        await host.conversions.take(order, keys(*order.config.deks))
+        status = await ended(host, order)
+        assert (status.state, status.error_slug) == (ConversionState.FAILED, "conversion_failed")
+        assert "was changed while it was copied" in status.error
+        assert opened(store / "disk", None) == "changed"
+        assert files_in(store) == ["disk"]
+
+    play(world, scene)
+
+
+def test_a_disk_is_one_vms_only(world: World, store: Path, tmp_path: Path) -> None:
+    async def scene(host: Host) -> None:
+        plain = await vm_in_clear(world, host, store, "raw")
+        link = tmp_path / "link"
+        link.symlink_to(plain.disks[0].path)
+        for path in (plain.disks[0].path, str(link)):
+            other = replace(plain, uuid=uuid4(), name="other", disks=(Disk(path, "raw"),))
+            with pytest.raises(Conflict, match=r"disk .* is VM web's"):
+                await host.vms.define(other, file="", made_by_conversion=False)
+        await host.vms.delete(plain.uuid)
+        await host.vms.define(other, file="", made_by_conversion=False)
+        with pytest.raises(Conflict, match="other's"):
+            await host.vms.define(plain, file="", made_by_conversion=False)
+
+    play(world, scene)
+
+
+class Hung:
+    """A datastore that hangs in every removal until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        remove, self.free, self.reached = new_images.remove, threading.Event(), threading.Event()
+
+        def hang(places: Sequence[Place]) -> None:
+            self.reached.set()
+            assert self.free.wait(LIMIT_S)
+            remove(places)
+
+        monkeypatch.setattr(new_images, "remove", hang)
+
+
+def test_a_cancel_that_waits_keeps_nobody_waiting(world: World, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(host: Host) -> None:
+        plain, images = await gated_vm(world, host, store)
+        order = order_for(with_keys(plain, encrypted=True), ENCRYPT, generation=1)
+        await host.conversions.take(order, keys(*order.config.deks))
+        await images.waiting.wait()
+        hung = Hung(monkeypatch)
+        cancelling = asyncio.create_task(host.conversions.cancel(order.id))
+        await asyncio.to_thread(hung.reached.wait)
+        (store / "other").write_text(image("other", None))
+        other = replace(plain, uuid=uuid4(), name="other", disks=(Disk(str(store / "other"), "raw"),))
+        await host.vms.define(other, file="", made_by_conversion=False)
+        images.open()
+        second = order_for(with_keys(other, encrypted=True), ENCRYPT, generation=1)
+        await host.conversions.take(second, keys(*second.config.deks))
+        assert (await ended(host, second)).state is ConversionState.DONE
+        assert not cancelling.done()
+        hung.free.set()
+        assert (await cancelling).state is ConversionState.CANCELLED
+
+    play(world, scene)
+
+
+def test_an_agent_comes_back_while_a_datastore_hangs(
+    world: World, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(host: Host) -> None:
+        plain, images = await gated_vm(world, host, store)
+        order = order_for(with_keys(plain, encrypted=True), ENCRYPT, generation=1)
+        await host.conversions.take(order, keys(*order.config.deks))
+        await images.waiting.wait()
+        host.fuse.blown = True
+        for task in host.conversions._tasks.values():
+            task.cancel()  # as a death: with its fuse blown it journals nothing more
+        await asyncio.gather(*host.conversions._tasks.values(), return_exceptions=True)
+        await host.crash()
+        hung = Hung(monkeypatch)
+        await host.boot()
+        assert host.conversions.status(order.id).state is ConversionState.COPYING
+        with pytest.raises(Conflict, match=str(order.id)):
+            await host.vms.start(plain.uuid, "")
+        hung.free.set()
+        assert (await ended(host, order)).state is ConversionState.FAILED
+
+    play(world, scene)
+
+
+def test_an_agent_that_ends_as_it_makes_an_image_leaves_none_that_looks_whole(world: World, store: Path) -> None:
+    async def scene(host: Host) -> None:
+        host.images = PlayedImages
+        config = replace(world.config, disks=(Disk(str(store / "disk"), "raw", size_bytes=512),))
+        for moment in ("before", "while", "after"):
+            await host.crash()
+            await host.boot()
+            point = host.fuse.point
+
+            def die_then(what: str, moment: str = moment, host: Host = host, point: Any = point) -> None:
+                point(what)
+                if what.startswith(f"{moment} making"):
+                    host.fuse.blown = True
+                    raise Killed
+
+            host.fuse.point = die_then  # type: ignore[method-assign]
+            with pytest.raises(Killed):
+                await host.vms.define(config, file="", made_by_conversion=False)
+            assert "disk" not in files_in(store)
+            (store / f".sealift-{config.uuid.hex}").write_text("as one leaves it that really died")
+        await host.crash()
+        await host.boot()
+        await host.vms.define(config, file="", made_by_conversion=False)
+        assert opened(store / "disk", None) == ""
+        assert files_in(store) == ["disk"]
+
+    play(world, scene)
+
+
 def test_an_agent_that_stops_in_the_middle_leaves_the_old_image(world: World, store: Path) -> None:
     async def scene(host: Host) -> None:
         plain, images = await gated_vm(world, host, store)
@@ -291,7 +430,7 @@ def test_an_agent_that_stops_in_the_middle_leaves_the_old_image(world: World, st
         await host.conversions.close()
         await host.crash()
         await host.boot()
-        assert host.conversions.status(order.id).state is ConversionState.FAILED
+        assert (await ended(host, order)).state is ConversionState.FAILED
         assert files_in(store) == ["disk"]
         assert opened(store / "disk", None) == "content"
 
@@ -386,6 +525,19 @@ def test_what_is_wrong_with_an_image_is_said(changes: dict[str, Any], error: typ
         plan(order, now, [facts(**changes)], ["/x"])
 
 
+def test_images_are_made_for_a_new_vm_only() -> None:
+    now = VmConfig("web", UUID(int=1), 1, 64 << 20, disks=(Disk("/x", "qcow2", size_bytes=1 << 30),))
+    order = order_for(with_keys(now, encrypted=True), ENCRYPT, generation=1, is_new=True)
+    gone = [facts(exists=False)]
+    [step] = plan(order, now, gone, ["/x"])
+    assert step.make
+    had = with_keys(now, encrypted=True)
+    decrypt = order_for(now, DECRYPT, generation=1, is_new=True)
+    for other, before in ((replace(order, is_new=False), now), (order, had), (decrypt, had)):
+        with pytest.raises(NotFound, match="mounted"):
+            plan(other, before, gone, ["/x"])
+
+
 @pytest.mark.parametrize(
     ("form", "fact", "needed"),
     [
@@ -459,6 +611,7 @@ def test_a_symbolic_link_stays_one(world: World, store: Path, tmp_path: Path) ->
         images.open()
         link = tmp_path / "link"
         link.symlink_to(plain.disks[0].path)
+        await host.vms.delete(plain.uuid)
         config = replace(plain, uuid=uuid4(), name="linked", disks=(replace(plain.disks[0], path=str(link)),))
         await host.vms.define(config, file="", made_by_conversion=False)
         after = with_keys(config, encrypted=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from doubles.hosts import World
 from sealift.agent.journal import ConversionRow, Journal, MoveRow, VmRow, unfinished
-from sealift.agent.new_images import NewImage
+from sealift.agent.new_images import NewImage, Place, Seen
 from sealift.domain.conversion import ConversionKind, ConversionOrder, ConversionState, ConversionStatus
 from sealift.domain.move import MOVE_FINAL, MoveState, MoveStatus, Role
 from sealift.errors import SealiftError, StaleFence
@@ -136,7 +136,10 @@ def test_a_conversion_and_a_file_are_there_after_a_restart(world: World) -> None
     path, vm = world.a.settings.database, world.config.uuid
     order = ConversionOrder(uuid4(), vm, 2, ConversionKind.ENCRYPT, world.config, "\xff", "full")
     row = ConversionRow(
-        order, ConversionStatus(order.id, vm, ConversionState.SWAPPING), (NewImage("/x", "/y", 1, 2, 3),)
+        order,
+        ConversionStatus(order.id, vm, ConversionState.SWAPPING),
+        (NewImage("/x", "/y", 1, 2, 3),),
+        (Place("/x", "/y", Seen(1, 2, 3, 4), None), Place("/z", "/w", Seen(1, 2, 3, 4), Seen(5, 6, 7, 8))),
     )
     journal = Journal(path)
     journal.put_conversion(row)

@@ -35,6 +35,7 @@ async def agent_on(state: Path) -> AsyncIterator[tuple[Vms, Conversions]]:
     conversions = Conversions(settings, journal, vms, images)
     await vms.adopt()
     await conversions.recover()
+    await asyncio.gather(*conversions._tasks.values())
     try:
         yield vms, conversions
     finally:

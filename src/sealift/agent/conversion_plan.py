@@ -12,7 +12,7 @@ from sealift.agent.new_images import new_path
 from sealift.agent.vm_files import VmFile, from_order
 from sealift.domain.conversion import ConversionKind, ConversionOrder, DiskFacts
 from sealift.domain.deks import Deks
-from sealift.domain.vm import VmConfig
+from sealift.domain.vm import Disk, VmConfig
 from sealift.errors import Conflict, ConversionFailed, DatastoreFull, InvalidInput, KeysNotHeld, NotFound
 
 _HEADERS_BYTES = 8 << 20
@@ -76,7 +76,7 @@ def plan(order: ConversionOrder, now: VmConfig, facts: Sequence[DiskFacts], real
     """
     steps = []
     for before, after, fact, path in zip(now.disks, order.config.disks, facts, real, strict=True):
-        make = not fact.exists and bool(after.size_bytes)
+        make = not fact.exists and _may_make(order, before, after)
         if not make and before.dek == after.dek:
             continue
         if not make:
@@ -97,6 +97,12 @@ def plan(order: ConversionOrder, now: VmConfig, facts: Sequence[DiskFacts], real
     return steps
 
 
+def _may_make(order: ConversionOrder, before: Disk, after: Disk) -> bool:
+    """Whether an image that is not there is none yet, and does not lie on a datastore that is away."""
+    is_first = order.is_new and order.kind is ConversionKind.ENCRYPT and before.dek is None and after.dek is not None
+    return is_first and bool(after.size_bytes)
+
+
 def _needed(form: Literal["qcow2", "raw"], fact: DiskFacts, size: int, *, make: bool) -> int:
     if make:
         return _HEADERS_BYTES
@@ -107,7 +113,7 @@ def _needed(form: Literal["qcow2", "raw"], fact: DiskFacts, size: int, *, make: 
 
 def _refuse_image(name: str, fact: DiskFacts) -> None:
     if not fact.exists:
-        raise NotFound(f"VM {name}: there is no image {fact.path}", todo="put it there, or give the disk a size")
+        raise NotFound(f"VM {name}: there is no image {fact.path}", todo="is its datastore mounted?")
     whys = (
         (bool(fact.snapshots), "has snapshots, which would be lost", "delete them first"),
         (fact.backing, "refers to another file", "make it whole first: qemu-img convert -O qcow2 OLD NEW"),

@@ -3,35 +3,49 @@ earlier agent left.
 
 The old images stay where they are until every new one is complete, verified and on the disk. Then the journal says
 SWAPPING, which decides: from there on it goes forward only, also after a crash, and needs no keys for that. Before, a
-crash leaves the old images, and the new ones are removed: their keys were in memory and went with the agent.
+crash leaves the old images, and the new ones are removed: their keys were in memory and went with the agent. Both ways
+wait for a datastore that is away, the VM with them: a copy in clear that came back with it would lie there for ever.
+
+A datastore may hang. So whatever touches one is done in a thread, each conversion has a task of its own, and nobody
+waits for one that is not asked after.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import structlog
 
 from sealift.agent import new_images
 from sealift.agent.conversion_plan import Step, check_keys, check_order, check_room, plan
 from sealift.agent.journal import ConversionRow, Journal
-from sealift.agent.new_images import NewImage, filesystem_of, new_path, real_path, refuse_existing
+from sealift.agent.new_images import CLEAR_MODE, NewImage, place_for, real_paths
 from sealift.agent.settings import AgentSettings
 from sealift.agent.vm_files import from_order
 from sealift.agent.vms import Vms
-from sealift.domain.conversion import CONVERSION_FINAL, ConversionOrder, ConversionState, ConversionStatus
+from sealift.domain.conversion import (
+    CONVERSION_FINAL,
+    ConversionKind,
+    ConversionOrder,
+    ConversionState,
+    ConversionStatus,
+)
 from sealift.domain.deks import DEK_BYTES, Deks, wipe
 from sealift.domain.vm import VmConfig
 from sealift.errors import Conflict, ConversionCancelled, ConversionFailed, IllegalTransition, NotFound, SealiftError
-from sealift.hypervisor.images import ImageRef, Images
+from sealift.hypervisor.images import FileId, ImageRef, Images
 from sealift.secret import Secret
 
 log = structlog.get_logger()
 
 _AGAIN_S = 1.0
+_ANSWER_S = 45.0
+_ANY_MODE = 0o7777
 
 S = ConversionState
 _UNDECIDED = frozenset({S.COPYING, S.VERIFYING})
@@ -44,12 +58,14 @@ _AFTER = {
 
 @dataclass
 class Work:
-    """One conversion under way. ``keys``: of the old and the new images; empty for one that was found swapping."""
+    """One conversion. ``keys``: of the old and the new images. ``making``: the making of the new ones; None for a
+    conversion that an earlier agent left."""
 
     row: ConversionRow
     steps: list[Step] = field(default_factory=list)
     keys: dict[UUID, Secret] = field(default_factory=dict)
     cancel_asked: bool = False
+    making: asyncio.Task[tuple[NewImage, ...]] | None = None
 
     @property
     def order(self) -> ConversionOrder:
@@ -77,7 +93,8 @@ class Conversions:
         self._settings, self._journal, self._vms, self._images = settings, journal, vms, images
         self._works: dict[UUID, Work] = {}
         self._tasks: dict[UUID, asyncio.Task[None]] = {}
-        self._lock = asyncio.Lock()
+        self._turns: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
+        self._stop = asyncio.Event()
 
     # orders
 
@@ -88,7 +105,7 @@ class Conversions:
         status. Raises StaleFence, NotFound, Conflict, InvalidInput, BundleInvalid, KeysNotHeld, DatastoreFull,
         ConversionFailed: nothing was changed then.
         """
-        async with self._lock:
+        async with self._turn(order.id):
             if order.id in self._works:
                 return self.status(order.id)
             if self._journal.attempt_refused(order.id):
@@ -102,8 +119,13 @@ class Conversions:
                 self._vms.unreserve(order.vm)
                 raise
             log.info("conversion.began", id=str(order.id), vm=vm.config.name, kind=order.kind.value)
+            work.making = asyncio.create_task(self._make(work))
             self._begin(work, self._run(work))
             return work.row.status
+
+    def _turn(self, conversion: UUID) -> asyncio.Lock:
+        """Orders about one conversion come one after the other; those about others do not wait for them."""
+        return self._turns.setdefault(conversion, asyncio.Lock())
 
     async def _prepare(self, order: ConversionOrder, now: VmConfig, deks: Deks) -> Work:
         file = check_order(order, now)
@@ -111,51 +133,57 @@ class Conversions:
             self._vms.files.refuse_older(order.vm, file)
         check_keys(order, now, deks)
         facts = [await self._images.look(disk.path, disk.format) for disk in now.disks]
-        steps = plan(order, now, facts, [real_path(disk.path) for disk in now.disks])
-        free = {real_path(fact.path): fact.free_bytes for fact in facts}
-        check_room(now.name, [(step, filesystem_of(step.path), free[step.path]) for step in steps])
-        refuse_existing([step.new for step in steps])
+        real = await asyncio.to_thread(real_paths, [disk.path for disk in now.disks])
+        steps = plan(order, now, facts, real)
+        places = [await asyncio.to_thread(place_for, step.path, step.new, make=step.make) for step in steps]
+        free = {path: fact.free_bytes for path, fact in zip(real, facts, strict=True)}
+        room = [(step, place.directory.device, free[step.path]) for step, place in zip(steps, places, strict=True)]
+        check_room(now.name, room)
         total = sum(step.virtual_bytes for step in steps)
         wanted = {*now.deks, *order.config.deks}
         keys = {dek: Secret(deks[dek].reveal(), length=DEK_BYTES) for dek in wanted}
-        return Work(ConversionRow(order, ConversionStatus(order.id, order.vm, S.COPYING, 0, total)), steps, keys)
+        status = ConversionStatus(order.id, order.vm, S.COPYING, 0, total)
+        return Work(ConversionRow(order, status, places=tuple(places)), steps, keys)
 
     def _begin(self, work: Work, run: Coroutine[None, None, None]) -> None:
         self._works[work.order.id] = work
         self._tasks[work.order.id] = asyncio.create_task(run)
 
     async def _run(self, work: Work) -> None:
+        assert work.making is not None
+        error: SealiftError
         try:
-            images = await self._make(work)
+            images = await work.making
+            if work.cancel_asked:  # a moment too late to stop the work, and before the decision
+                raise ConversionCancelled("it was cancelled")
             self._note(work, S.SWAPPING, images=images)  # the decision
         except asyncio.CancelledError:
+            error = ConversionFailed("the agent was stopped", todo="ask for it again")
             if work.cancel_asked:
-                await self._undo(work, S.CANCELLED, ConversionCancelled("it was cancelled"))
-            else:
-                await self._undo(work, S.FAILED, ConversionFailed("the agent was stopped", todo="ask for it again"))
-            return
-        except SealiftError as error:
-            await self._undo(work, S.FAILED, error)
-            return
-        except OSError as error:
-            await self._undo(work, S.FAILED, ConversionFailed(f"{error.filename}: {error.strerror}"))
-            return
-        except Exception as error:
+                error = ConversionCancelled("it was cancelled")
+        except SealiftError as failure:
+            error = failure
+        except OSError as failure:
+            error = ConversionFailed(f"{failure.filename}: {failure.strerror}")
+        except Exception as failure:
             log.exception("conversion.defect", id=str(work.order.id))
-            await self._undo(work, S.FAILED, SealiftError(f"a defect in the agent: {type(error).__name__}"))
+            error = SealiftError(f"a defect in the agent: {type(failure).__name__}")
+        else:
+            await self._finish(work)
             return
-        await self._finish(work)
+        await self._undo(work, S.CANCELLED if isinstance(error, ConversionCancelled) else S.FAILED, error)
 
     async def _make(self, work: Work) -> tuple[NewImage, ...]:
-        """Every new image, complete and compared with the old one."""
-        before = 0
+        """Every new image, complete and compared with the old one, which is as it was."""
+        before, made = 0, list[FileId]()
+        mask = CLEAR_MODE if work.order.kind is ConversionKind.DECRYPT else _ANY_MODE
         for step in work.steps:
             source, target = self._refs(work, step)
             if step.make:
-                await self._images.create(step.new, step.format, step.virtual_bytes, target.dek)
+                made.append(await self._images.create(step.new, step.format, step.virtual_bytes, target.dek))
             else:
-                await self._images.convert(source, target, work.count(before, step))
-                await asyncio.to_thread(new_images.dress, step.path, step.new)
+                made.append(await self._images.convert(source, target, work.count(before, step)))
+                await asyncio.to_thread(new_images.dress, step.path, step.new, made[-1], mask)
             before += step.virtual_bytes
         self._note(work, S.VERIFYING, done_bytes=0)
         before = 0
@@ -164,10 +192,11 @@ class Conversions:
                 source, target = self._refs(work, step)
                 full = work.order.verify == "full"
                 await self._images.verify(source, target, full=full, on_bytes=work.count(before, step))
-            else:
-                refuse_existing([step.path])
             before += step.virtual_bytes
-        return tuple([await asyncio.to_thread(new_images.complete, step.path, step.new) for step in work.steps])
+        places = work.row.places
+        images = [await asyncio.to_thread(new_images.complete, *each) for each in zip(places, made, strict=True)]
+        await asyncio.to_thread(new_images.refuse_changed, places)
+        return tuple(images)
 
     def _refs(self, work: Work, step: Step) -> tuple[ImageRef, ImageRef]:
         old, dek = (work.keys[dek] if dek is not None else None for dek in (step.old, step.dek))
@@ -194,7 +223,8 @@ class Conversions:
     ) -> ConversionRow:
         if state not in _AFTER.get(work.state, frozenset()):
             raise IllegalTransition(f"conversion {work.order.id}: {work.state.value} cannot become {state.value}")
-        status = replace(work.row.status, state=state, error_slug="", error="", todo="")
+        decided = work.row.status.decided or S.SWAPPING in (state, work.state)
+        status = replace(work.row.status, state=state, error_slug="", error="", todo="", decided=decided)
         if done_bytes is not None:
             status = replace(status, done_bytes=done_bytes)
         return replace(work.row, status=_saying(status, error) if error else status)
@@ -205,7 +235,8 @@ class Conversions:
         error = type(error)(what, todo=error.todo)
         log.warning("conversion.ended", id=str(work.order.id), state=state.value, slug=error.slug, what=what)
         wipe(work.keys)
-        error = await self._removed(work.order, error)
+        if not await self._persist(work, self._try_to_remove):
+            return
         try:
             self._note(work, state, error=error)
         except SealiftError as failure:  # after a restart it is settled anew, to the same end
@@ -213,21 +244,26 @@ class Conversions:
             work.row = self._next(work, state, error, None)
         self._vms.unreserve(work.order.vm)
 
-    async def _removed(self, order: ConversionOrder, error: SealiftError) -> SealiftError:
-        paths = [new_path(real_path(disk.path), order.id) for disk in order.config.disks]
+    async def _try_to_remove(self, work: Work) -> bool:
         try:
-            await asyncio.to_thread(new_images.remove, paths)
+            await asyncio.to_thread(new_images.remove, work.row.places)
         except OSError as failure:
-            error.todo = f"remove {failure.filename} by hand: {failure.strerror}"
-        return error
+            _say(work, "conversion.not_removed", _left_behind(failure))
+            return False
+        return True
+
+    async def _persist(self, work: Work, attempt: Callable[[Work], Coroutine[None, None, bool]]) -> bool:
+        """Try until it is done: nobody gives up here. False when the agent stops first; then the next one goes on."""
+        while not await attempt(work):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), _AGAIN_S)
+                return False
+        return True
 
     async def _finish(self, work: Work) -> None:
-        """From the decision to the end: nobody gives up here."""
+        """From the decision to the end."""
         try:
-            while True:
-                if await self._try_to_finish(work):
-                    return
-                await asyncio.sleep(_AGAIN_S)
+            await self._persist(work, self._try_to_finish)
         except Exception as error:  # a defect: the VM stays reserved, for a person to look at
             log.exception("conversion.defect", id=str(work.order.id))
             defect = SealiftError(f"a defect in the agent: {type(error).__name__}")
@@ -236,7 +272,8 @@ class Conversions:
     async def _try_to_finish(self, work: Work) -> bool:
         order, files = work.order, self._vms.files
         try:
-            if not await asyncio.to_thread(new_images.swap, work.row.images):
+            found_again = work.making is None
+            if not await asyncio.to_thread(new_images.swap, work.row.images, found_again=found_again):
                 gone = ConversionFailed(
                     "the new images were removed before they were in place", todo="ask for it again"
                 )
@@ -253,8 +290,7 @@ class Conversions:
             self._journal.finish_conversion(row, vm)
         except (SealiftError, OSError) as failure:
             error = failure if isinstance(failure, SealiftError) else ConversionFailed(str(failure))
-            log.error("conversion.unfinished", id=str(order.id), what=str(error))
-            work.row = replace(work.row, status=_saying(work.row.status, error))
+            _say(work, "conversion.unfinished", error)
             return False
         self._vms.converted(vm)
         if work.keys:
@@ -280,28 +316,31 @@ class Conversions:
     async def cancel(self, conversion: UUID) -> ConversionStatus:
         """End a conversion and wait until nothing of its new images is left; without effect once it is decided.
 
-        Raises NotFound for one never seen, and an order for it is refused from now on.
+        While a datastore is away it is answered before. Raises NotFound for one never seen, and an order for it is
+        refused from now on.
         """
-        async with self._lock:
+        async with self._turn(conversion):
             if conversion not in self._works:
                 self._journal.refuse_attempt(conversion)
             work = self._work(conversion)
-            if work.state in _UNDECIDED and not work.cancel_asked:
+            if work.state in _UNDECIDED and work.making is not None:
                 work.cancel_asked = True
-                self._tasks[conversion].cancel()
-            if work.cancel_asked:
-                await asyncio.wait([self._tasks[conversion]])
-                if work.state in _UNDECIDED:  # its task was cancelled before it began, or while it undid
-                    await self._undo(work, S.CANCELLED, ConversionCancelled("it was cancelled"))
-            return work.row.status
+                work.making.cancel()
+        if work.state in _UNDECIDED:
+            await asyncio.wait([self._tasks[conversion]], timeout=_ANSWER_S)
+        return work.row.status
 
     async def forget(self, conversion: UUID) -> None:
-        """Drop a conversion that has ended; raises NotFound, and Conflict while it has not."""
+        """Drop a conversion that has ended; raises NotFound, and Conflict while it has not, or has left something."""
         work = self._work(conversion)
         if work.state not in CONVERSION_FINAL:
             raise Conflict(f"conversion {conversion} is {work.state.value}", todo="wait, or cancel it")
-        if work.state is not S.DONE:  # once more: the datastore may have been away when this agent came
-            await self._removed(work.order, ConversionFailed(""))
+        if work.state is not S.DONE:
+            try:
+                await asyncio.to_thread(new_images.remove, work.row.places)
+            except OSError as failure:
+                error = _left_behind(failure)
+                raise Conflict(f"conversion {conversion} is not forgotten: {error.what}", todo=error.todo) from failure
         self._journal.drop_conversion(conversion)
         self._works.pop(conversion, None)
         self._tasks.pop(conversion, None)
@@ -309,27 +348,51 @@ class Conversions:
     # restarts
 
     async def recover(self) -> None:
-        """Settle what an earlier agent left; to be called after ``Vms.adopt`` and before any order is taken."""
+        """Take up what an earlier agent left, a task each; to be called after ``Vms.adopt``, before any order comes."""
         for row in self._journal.conversions():
-            work = self._works[row.order.id] = Work(row)
-            if work.state is S.SWAPPING:
+            work = Work(row)
+            if work.state is S.DONE:
+                self._works[row.order.id] = work
+            elif work.state in CONVERSION_FINAL:  # once more: its datastore may have been away
+                self._begin(work, self._remove_again(work))
+            else:
                 self._vms.converting[row.order.vm] = row.order.id
-                if not await self._try_to_finish(work):
-                    self._begin(work, self._finish(work))
-            elif work.state not in CONVERSION_FINAL:
-                error = ConversionFailed(
-                    "the agent was restarted, and with it the keys were gone", todo="ask for it again"
-                )
-                await self._undo(work, S.FAILED, error)
+                decided = work.state is S.SWAPPING
+                self._begin(work, self._finish(work) if decided else self._undo(work, S.FAILED, _without_keys()))
+
+    async def _remove_again(self, work: Work) -> None:
+        try:
+            await asyncio.to_thread(new_images.remove, work.row.places)
+        except OSError as failure:  # an order to forget it is refused meanwhile
+            log.error("conversion.not_removed", id=str(work.order.id), what=str(_left_behind(failure)))
 
     async def close(self) -> None:
         """Stop converting: one that is not decided is undone, one that is goes on in the next agent."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._stop.set()
+        for work in self._works.values():
+            if work.making is not None:
+                work.making.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for work in self._works.values():
             wipe(work.keys)
+
+
+def _without_keys() -> ConversionFailed:
+    return ConversionFailed("the agent was restarted, and with it the keys were gone", todo="ask for it again")
+
+
+def _left_behind(failure: OSError) -> ConversionFailed:
+    return ConversionFailed(
+        f"a new image cannot be removed at {failure.filename}: {failure.strerror}",
+        todo="is the datastore mounted? it is tried again until it is gone",
+    )
+
+
+def _say(work: Work, event: str, error: SealiftError) -> None:
+    """Have the status say what is in the way, and the log once."""
+    if work.row.status.error != error.what:
+        log.error(event, id=str(work.order.id), what=str(error))
+    work.row = replace(work.row, status=_saying(work.row.status, error))
 
 
 def _saying(status: ConversionStatus, error: SealiftError) -> ConversionStatus:

@@ -20,7 +20,7 @@ from uuid import UUID
 
 from pydantic import TypeAdapter
 
-from sealift.agent.new_images import NewImage
+from sealift.agent.new_images import NewImage, Place
 from sealift.domain.conversion import ConversionOrder, ConversionStatus
 from sealift.domain.move import MOVE_FINAL, MoveOrder, MoveState, MoveStatus, Role
 from sealift.domain.vm import HardwareRecord, VmConfig
@@ -45,7 +45,10 @@ CREATE TABLE conversion (
 );
 CREATE TABLE vm_file (vm TEXT PRIMARY KEY, generation INTEGER NOT NULL, sha256 TEXT NOT NULL);
 """
-_STEPS = (_SCHEMA, _ENCRYPTION)
+_PLACES = """
+ALTER TABLE conversion ADD COLUMN places TEXT NOT NULL DEFAULT '[]';
+"""
+_STEPS = (_SCHEMA, _ENCRYPTION, _PLACES)
 """What makes each version out of the one before. Rows of older versions stay as they are: what is new in their JSON has
 defaults."""
 _VERSION = len(_STEPS)
@@ -53,7 +56,7 @@ _VERSION = len(_STEPS)
 _CONFIG, _HARDWARE = TypeAdapter(VmConfig), TypeAdapter(HardwareRecord)
 _ORDER, _STATUS, _PROCESS = TypeAdapter(MoveOrder), TypeAdapter(MoveStatus), TypeAdapter(ProcessRef)
 _CONVERSION, _CONVERTED = TypeAdapter(ConversionOrder), TypeAdapter(ConversionStatus)
-_IMAGES = TypeAdapter(tuple[NewImage, ...])
+_IMAGES, _PLACED = TypeAdapter(tuple[NewImage, ...]), TypeAdapter(tuple[Place, ...])
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,13 @@ class MoveRow:
 
 @dataclass(frozen=True)
 class ConversionRow:
-    """One conversion this host was ordered to make. ``images``: the new ones, from SWAPPING on."""
+    """One conversion this host was ordered to make. ``places``: where its new images are made; ``images``: those, from
+    SWAPPING on."""
 
     order: ConversionOrder
     status: ConversionStatus
     images: tuple[NewImage, ...] = ()
+    places: tuple[Place, ...] = ()
 
 
 class Journal:
@@ -189,12 +194,13 @@ class Journal:
     def put_conversion(self, row: ConversionRow) -> None:
         """Insert or replace a conversion."""
         self._do(
-            'INSERT OR REPLACE INTO conversion (id, "order", status, images) VALUES (?, ?, ?, ?)',
+            'INSERT OR REPLACE INTO conversion (id, "order", status, images, places) VALUES (?, ?, ?, ?, ?)',
             (
                 str(row.order.id),
                 _CONVERSION.dump_json(row.order),
                 _CONVERTED.dump_json(row.status),
                 _IMAGES.dump_json(row.images),
+                _PLACED.dump_json(row.places),
             ),
         )
 
@@ -206,12 +212,15 @@ class Journal:
 
     def conversions(self) -> list[ConversionRow]:
         """Every conversion not yet forgotten."""
-        rows = self._do('SELECT "order", status, images FROM conversion').fetchall()
+        rows = self._do('SELECT "order", status, images, places FROM conversion').fetchall()
         return [
             ConversionRow(
-                _CONVERSION.validate_json(order), _CONVERTED.validate_json(status), _IMAGES.validate_json(images)
+                _CONVERSION.validate_json(order),
+                _CONVERTED.validate_json(status),
+                _IMAGES.validate_json(images),
+                _PLACED.validate_json(places),
             )
-            for order, status, images in rows
+            for order, status, images, places in rows
         ]
 
     def drop_conversion(self, conversion: UUID) -> None:

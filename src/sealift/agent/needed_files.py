@@ -1,12 +1,19 @@
-"""The files that a VM needs on its host: whether they can be read, and images made that are not there yet."""
+"""The files that a VM needs on its host: whether they can be read, whether they are its own, and images made that are
+not there yet. To look may take as long as the datastore does, so ``check_files`` and ``refuse_taken`` are to be called
+in a thread."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from uuid import UUID
 
+from sealift.agent.durable import link_into_place, sync_directory
 from sealift.domain.vm import Disk, VmConfig
-from sealift.errors import NotFound
+from sealift.errors import AlreadyExists, Conflict, HypervisorError, NotFound
 from sealift.hypervisor.images import Images
 
 
@@ -23,6 +30,20 @@ def check_files(config: VmConfig, host: str, *, but: Collection[str] = ()) -> No
             )
 
 
+def refuse_taken(config: VmConfig, others: Iterable[VmConfig], host: str) -> None:
+    """Raises AlreadyExists for a VM whose name another of this host has, Conflict for a disk that another has."""
+    own = {os.path.realpath(disk.path) for disk in config.disks}
+    for other in others:
+        if other.name == config.name:
+            raise AlreadyExists(f"host {host} has a VM named {config.name} already")
+        for disk in other.disks:
+            if os.path.realpath(disk.path) in own:
+                raise Conflict(
+                    f"VM {config.name}: the disk {disk.path} is VM {other.name}'s on host {host}",
+                    todo="give each VM its own images",
+                )
+
+
 def to_be_made(config: VmConfig) -> frozenset[str]:
     """Paths of images that need not be there: their size is known."""
     return frozenset(disk.path for disk in config.disks if disk.size_bytes)
@@ -31,17 +52,42 @@ def to_be_made(config: VmConfig) -> frozenset[str]:
 async def make_images(config: VmConfig, images: Images) -> None:
     """Make, empty and in clear, each image in clear that has a size and is not there; all of them or none.
 
-    Raises what ``Images.create`` raises.
+    Raises what ``Images.create`` raises, AlreadyExists too for a file that came meanwhile.
     """
     made: list[str] = []
     try:
-        for disk in _missing(config):
-            await images.create(disk.path, disk.format, disk.size_bytes, None)
+        for disk in await asyncio.to_thread(_missing, config):
+            await _make(disk, config.uuid, images)
             made.append(disk.path)
     except BaseException:
-        for path in made:
-            os.unlink(path)
+        await asyncio.to_thread(_unlink, made)
         raise
+
+
+async def _make(disk: Disk, vm: UUID, images: Images) -> None:
+    """Under another name, the VM's own: what an agent leaves that ends meanwhile is never taken for the image."""
+    new = os.path.join(os.path.dirname(disk.path), f".sealift-{vm.hex}")
+    await asyncio.to_thread(_unlink, [new])
+    await images.create(new, disk.format, disk.size_bytes, None)
+    try:
+        await asyncio.to_thread(_put, new, disk.path)
+    except FileExistsError:
+        raise AlreadyExists(f"there is a file at {disk.path} already", todo="look who made it") from None
+    except OSError as error:
+        raise HypervisorError(f"the image {disk.path} cannot be made: {error.strerror}") from error
+    finally:
+        await asyncio.to_thread(_unlink, [new])
+
+
+def _put(new: str, path: str) -> None:
+    link_into_place(new, path)
+    sync_directory(Path(path).parent)
+
+
+def _unlink(paths: list[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # not there, or a later definition removes it
+            os.unlink(path)
 
 
 def _missing(config: VmConfig) -> list[Disk]:

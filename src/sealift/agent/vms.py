@@ -17,7 +17,7 @@ import structlog
 
 from sealift.agent.commitlog import let_go_by
 from sealift.agent.journal import Journal, VmRow
-from sealift.agent.needed_files import check_files, make_images, to_be_made
+from sealift.agent.needed_files import check_files, make_images, refuse_taken, to_be_made
 from sealift.agent.settings import AgentSettings
 from sealift.agent.vault import Vault
 from sealift.agent.vm_files import VmFiles, from_order
@@ -176,14 +176,14 @@ class Vms:
         """Take a VM's configuration in; ``file``: an encrypted one's configuration file (latin-1), else "".
 
         Images in clear that have a size and are not there are made, unless a conversion is to make them, encrypted
-        from the beginning. Raises AlreadyExists, NotFound for a file it names that is not there, InvalidInput.
+        from the beginning. Raises AlreadyExists, NotFound for a file it names that is not there, Conflict
+        for a disk that another VM here has, InvalidInput.
         """
         async with self._defining:
             if config.uuid in self._rows or config.uuid in self.busy:
                 raise AlreadyExists(f"host {self._settings.name} has VM {config.uuid} already")
-            for row in self._rows.values():
-                if row.config.name == config.name:
-                    raise AlreadyExists(f"host {self._settings.name} has a VM named {config.name} already")
+            others = [row.config for row in self._rows.values()]
+            await asyncio.to_thread(refuse_taken, config, others, self._settings.name)
             found = from_order(file, config.uuid) if file else None
             if (found.config if found else ()) != (config if config.deks else ()):
                 raise InvalidInput(f"VM {config.name}: its configuration and its configuration file do not agree")
@@ -191,7 +191,8 @@ class Vms:
                 self.files.refuse_older(config.uuid, found)
             if not made_by_conversion:
                 await make_images(config, self._images)
-            check_files(config, self._settings.name, but=to_be_made(config) if made_by_conversion else ())
+            but = to_be_made(config) if made_by_conversion else ()
+            await asyncio.to_thread(check_files, config, self._settings.name, but=but)
             if found is not None:
                 self.files.write(config.uuid, found)
             self._put(VmRow(config))
@@ -218,7 +219,7 @@ class Vms:
             deks = self.vault.take(vm, config.deks)
             try:
                 await self._end(vm)  # a guest that powered off leaves its QEMU behind
-                check_files(config, self._settings.name)
+                await asyncio.to_thread(check_files, config, self._settings.name)
                 record = await self._hypervisor.freeze(config)
                 self._put(replace(row, config=config, hardware=record, process=None, wanted=True))
                 handle = await self._hypervisor.start(record, self.paths(vm), deks)
