@@ -16,7 +16,7 @@ import pytest
 
 from doubles.hosts import Fuse, Host, Killed, World
 from doubles.images import PlayedImages, image, opened
-from sealift.agent import new_images
+from sealift.agent import conversions, new_images
 from sealift.agent.conversion_plan import Step, check_room, plan
 from sealift.agent.journal import VmRow
 from sealift.agent.new_images import Place
@@ -387,6 +387,24 @@ def test_an_agent_comes_back_while_a_datastore_hangs(
         with pytest.raises(Conflict, match=str(order.id)):
             await host.vms.start(plain.uuid, "")
         hung.free.set()
+        assert (await ended(host, order)).state is ConversionState.FAILED
+
+    play(world, scene)
+
+
+def test_an_agent_ends_while_a_datastore_hangs(world: World, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(host: Host) -> None:
+        plain, images = await gated_vm(world, host, store)
+        order = order_for(with_keys(plain, encrypted=True), ENCRYPT, generation=1)
+        await host.conversions.take(order, keys(*order.config.deks))
+        await images.waiting.wait()
+        hung = Hung(monkeypatch)
+        monkeypatch.setattr(conversions, "_CLOSE_S", 0.01)
+        await host.conversions.close()
+        assert host.conversions.status(order.id).state is ConversionState.COPYING
+        hung.free.set()  # what the next agent finds is settled by it
+        await host.crash()
+        await host.boot()
         assert (await ended(host, order)).state is ConversionState.FAILED
 
     play(world, scene)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from uuid import UUID
 from weakref import WeakValueDictionary
 
@@ -23,6 +23,7 @@ import structlog
 
 from sealift.agent import new_images
 from sealift.agent.conversion_plan import Step, check_keys, check_order, check_room, plan
+from sealift.agent.conversion_work import Work
 from sealift.agent.journal import ConversionRow, Journal
 from sealift.agent.new_images import CLEAR_MODE, NewImage, place_for, real_paths
 from sealift.agent.settings import AgentSettings
@@ -37,53 +38,19 @@ from sealift.domain.conversion import (
 )
 from sealift.domain.deks import DEK_BYTES, Deks, wipe
 from sealift.domain.vm import VmConfig
-from sealift.errors import Conflict, ConversionCancelled, ConversionFailed, IllegalTransition, NotFound, SealiftError
+from sealift.errors import Conflict, ConversionCancelled, ConversionFailed, NotFound, SealiftError
 from sealift.hypervisor.images import FileId, ImageRef, Images
+from sealift.hypervisor.own_thread import in_own_thread
 from sealift.secret import Secret
 
 log = structlog.get_logger()
 
 _AGAIN_S = 1.0
 _ANSWER_S = 45.0
+_CLOSE_S = 10.0
 _ANY_MODE = 0o7777
 
 S = ConversionState
-_UNDECIDED = frozenset({S.COPYING, S.VERIFYING})
-_AFTER = {
-    S.COPYING: frozenset({S.VERIFYING, S.FAILED, S.CANCELLED}),
-    S.VERIFYING: frozenset({S.SWAPPING, S.FAILED, S.CANCELLED}),
-    S.SWAPPING: frozenset({S.DONE, S.FAILED}),  # failed only when somebody removed every new image
-}
-
-
-@dataclass
-class Work:
-    """One conversion. ``keys``: of the old and the new images. ``making``: the making of the new ones; None for a
-    conversion that an earlier agent left."""
-
-    row: ConversionRow
-    steps: list[Step] = field(default_factory=list)
-    keys: dict[UUID, Secret] = field(default_factory=dict)
-    cancel_asked: bool = False
-    making: asyncio.Task[tuple[NewImage, ...]] | None = None
-
-    @property
-    def order(self) -> ConversionOrder:
-        return self.row.order
-
-    @property
-    def state(self) -> ConversionState:
-        return self.row.status.state
-
-    def count(self, before: int, step: Step) -> Callable[[int, int], None]:
-        """Takes progress of one step; the steps before it have ``before`` bytes of virtual disk."""
-
-        def on_bytes(done: int, total: int) -> None:
-            share = min(1.0, done / total) if total else 1.0
-            status = replace(self.row.status, done_bytes=before + int(share * step.virtual_bytes))
-            self.row = replace(self.row, status=status)
-
-        return on_bytes
 
 
 class Conversions:
@@ -133,9 +100,9 @@ class Conversions:
             self._vms.files.refuse_older(order.vm, file)
         check_keys(order, now, deks)
         facts = [await self._images.look(disk.path, disk.format) for disk in now.disks]
-        real = await asyncio.to_thread(real_paths, [disk.path for disk in now.disks])
+        real = await in_own_thread(real_paths, [disk.path for disk in now.disks])
         steps = plan(order, now, facts, real)
-        places = [await asyncio.to_thread(place_for, step.path, step.new, make=step.make) for step in steps]
+        places = [await in_own_thread(place_for, step.path, step.new, make=step.make) for step in steps]
         free = {path: fact.free_bytes for path, fact in zip(real, facts, strict=True)}
         room = [(step, place.directory.device, free[step.path]) for step, place in zip(steps, places, strict=True)]
         check_room(now.name, room)
@@ -183,7 +150,7 @@ class Conversions:
                 made.append(await self._images.create(step.new, step.format, step.virtual_bytes, target.dek))
             else:
                 made.append(await self._images.convert(source, target, work.count(before, step)))
-                await asyncio.to_thread(new_images.dress, step.path, step.new, made[-1], mask)
+                await in_own_thread(new_images.dress, step.path, step.new, made[-1], mask)
             before += step.virtual_bytes
         self._note(work, S.VERIFYING, done_bytes=0)
         before = 0
@@ -194,8 +161,8 @@ class Conversions:
                 await self._images.verify(source, target, full=full, on_bytes=work.count(before, step))
             before += step.virtual_bytes
         places = work.row.places
-        images = [await asyncio.to_thread(new_images.complete, *each) for each in zip(places, made, strict=True)]
-        await asyncio.to_thread(new_images.refuse_changed, places)
+        images = [await in_own_thread(new_images.complete, *each) for each in zip(places, made, strict=True)]
+        await in_own_thread(new_images.refuse_changed, places)
         return tuple(images)
 
     def _refs(self, work: Work, step: Step) -> tuple[ImageRef, ImageRef]:
@@ -212,22 +179,11 @@ class Conversions:
         done_bytes: int | None = None,
     ) -> None:
         """Record a state, durably; raises SealiftError, and then it is not so."""
-        row = self._next(work, state, error, done_bytes)
+        row = work.next(state, error, done_bytes)
         if images is not None:
             row = replace(row, images=images)
         self._journal.put_conversion(row)
         work.row = row
-
-    def _next(
-        self, work: Work, state: ConversionState, error: SealiftError | None, done_bytes: int | None
-    ) -> ConversionRow:
-        if state not in _AFTER.get(work.state, frozenset()):
-            raise IllegalTransition(f"conversion {work.order.id}: {work.state.value} cannot become {state.value}")
-        decided = work.row.status.decided or S.SWAPPING in (state, work.state)
-        status = replace(work.row.status, state=state, error_slug="", error="", todo="", decided=decided)
-        if done_bytes is not None:
-            status = replace(status, done_bytes=done_bytes)
-        return replace(work.row, status=_saying(status, error) if error else status)
 
     async def _undo(self, work: Work, state: ConversionState, error: SealiftError) -> None:
         """The old images are in place: leave nothing of the new ones, and say how it ended."""
@@ -241,14 +197,14 @@ class Conversions:
             self._note(work, state, error=error)
         except SealiftError as failure:  # after a restart it is settled anew, to the same end
             log.error("conversion.not_journaled", id=str(work.order.id), what=str(failure))
-            work.row = self._next(work, state, error, None)
+            work.row = work.next(state, error, None)
         self._vms.unreserve(work.order.vm)
 
     async def _try_to_remove(self, work: Work) -> bool:
         try:
-            await asyncio.to_thread(new_images.remove, work.row.places)
+            await in_own_thread(new_images.remove, work.row.places)
         except OSError as failure:
-            _say(work, "conversion.not_removed", _left_behind(failure))
+            work.say("conversion.not_removed", _left_behind(failure))
             return False
         return True
 
@@ -266,14 +222,13 @@ class Conversions:
             await self._persist(work, self._try_to_finish)
         except Exception as error:  # a defect: the VM stays reserved, for a person to look at
             log.exception("conversion.defect", id=str(work.order.id))
-            defect = SealiftError(f"a defect in the agent: {type(error).__name__}")
-            work.row = replace(work.row, status=_saying(work.row.status, defect))
+            work.say("conversion.unfinished", SealiftError(f"a defect in the agent: {type(error).__name__}"))
 
     async def _try_to_finish(self, work: Work) -> bool:
         order, files = work.order, self._vms.files
         try:
             found_again = work.making is None
-            if not await asyncio.to_thread(new_images.swap, work.row.images, found_again=found_again):
+            if not await in_own_thread(new_images.swap, work.row.images, found_again=found_again):
                 gone = ConversionFailed(
                     "the new images were removed before they were in place", todo="ask for it again"
                 )
@@ -286,11 +241,11 @@ class Conversions:
             else:
                 files.remove(order.vm)
             vm = replace(self._vms.row(order.vm), config=order.config)
-            row = self._next(work, S.DONE, None, work.row.status.total_bytes)
+            row = work.next(S.DONE, None, work.row.status.total_bytes)
             self._journal.finish_conversion(row, vm)
         except (SealiftError, OSError) as failure:
             error = failure if isinstance(failure, SealiftError) else ConversionFailed(str(failure))
-            _say(work, "conversion.unfinished", error)
+            work.say("conversion.unfinished", error)
             return False
         self._vms.converted(vm)
         if work.keys:
@@ -323,10 +278,10 @@ class Conversions:
             if conversion not in self._works:
                 self._journal.refuse_attempt(conversion)
             work = self._work(conversion)
-            if work.state in _UNDECIDED and work.making is not None:
+            if work.undecided and work.making is not None:
                 work.cancel_asked = True
                 work.making.cancel()
-        if work.state in _UNDECIDED:
+        if work.undecided:
             await asyncio.wait([self._tasks[conversion]], timeout=_ANSWER_S)
         return work.row.status
 
@@ -337,7 +292,7 @@ class Conversions:
             raise Conflict(f"conversion {conversion} is {work.state.value}", todo="wait, or cancel it")
         if work.state is not S.DONE:
             try:
-                await asyncio.to_thread(new_images.remove, work.row.places)
+                await in_own_thread(new_images.remove, work.row.places)
             except OSError as failure:
                 error = _left_behind(failure)
                 raise Conflict(f"conversion {conversion} is not forgotten: {error.what}", todo=error.todo) from failure
@@ -362,7 +317,7 @@ class Conversions:
 
     async def _remove_again(self, work: Work) -> None:
         try:
-            await asyncio.to_thread(new_images.remove, work.row.places)
+            await in_own_thread(new_images.remove, work.row.places)
         except OSError as failure:  # an order to forget it is refused meanwhile
             log.error("conversion.not_removed", id=str(work.order.id), what=str(_left_behind(failure)))
 
@@ -372,7 +327,8 @@ class Conversions:
         for work in self._works.values():
             if work.making is not None:
                 work.making.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._tasks:  # what hangs is left to the next agent
+            await asyncio.wait(self._tasks.values(), timeout=_CLOSE_S)
         for work in self._works.values():
             wipe(work.keys)
 
@@ -386,14 +342,3 @@ def _left_behind(failure: OSError) -> ConversionFailed:
         f"a new image cannot be removed at {failure.filename}: {failure.strerror}",
         todo="is the datastore mounted? it is tried again until it is gone",
     )
-
-
-def _say(work: Work, event: str, error: SealiftError) -> None:
-    """Have the status say what is in the way, and the log once."""
-    if work.row.status.error != error.what:
-        log.error(event, id=str(work.order.id), what=str(error))
-    work.row = replace(work.row, status=_saying(work.row.status, error))
-
-
-def _saying(status: ConversionStatus, error: SealiftError) -> ConversionStatus:
-    return replace(status, error_slug=error.slug, error=error.what, todo=error.todo)

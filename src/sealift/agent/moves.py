@@ -38,6 +38,7 @@ from sealift.errors import (
     SealiftError,
 )
 from sealift.hypervisor.base import Hypervisor, Vm
+from sealift.hypervisor.own_thread import in_own_thread
 
 log = structlog.get_logger()
 
@@ -115,7 +116,7 @@ class Moves:
         if self._vms.has(order.vm):
             raise AlreadyExists(f"host {self._settings.name} has VM {order.vm_name} already")
         await self._hypervisor.check_record(order.hardware)
-        await asyncio.to_thread(check_files, order.hardware.config, self._settings.name)
+        await in_own_thread(check_files, order.hardware.config, self._settings.name)
         if (file := file_in(order)) is not None:
             self._vms.files.refuse_older(order.vm, file)
         row = self._row(order, Role.TARGET)

@@ -4,7 +4,6 @@ in a thread."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import Collection, Iterable
@@ -15,6 +14,7 @@ from sealift.agent.durable import link_into_place, sync_directory
 from sealift.domain.vm import Disk, VmConfig
 from sealift.errors import AlreadyExists, Conflict, HypervisorError, NotFound
 from sealift.hypervisor.images import Images
+from sealift.hypervisor.own_thread import in_own_thread
 
 
 def check_files(config: VmConfig, host: str, *, but: Collection[str] = ()) -> None:
@@ -56,27 +56,27 @@ async def make_images(config: VmConfig, images: Images) -> None:
     """
     made: list[str] = []
     try:
-        for disk in await asyncio.to_thread(_missing, config):
+        for disk in await in_own_thread(_missing, config):
             await _make(disk, config.uuid, images)
             made.append(disk.path)
     except BaseException:
-        await asyncio.to_thread(_unlink, made)
+        await in_own_thread(_unlink, made)
         raise
 
 
 async def _make(disk: Disk, vm: UUID, images: Images) -> None:
     """Under another name, the VM's own: what an agent leaves that ends meanwhile is never taken for the image."""
     new = os.path.join(os.path.dirname(disk.path), f".sealift-{vm.hex}")
-    await asyncio.to_thread(_unlink, [new])
+    await in_own_thread(_unlink, [new])
     await images.create(new, disk.format, disk.size_bytes, None)
     try:
-        await asyncio.to_thread(_put, new, disk.path)
+        await in_own_thread(_put, new, disk.path)
     except FileExistsError:
         raise AlreadyExists(f"there is a file at {disk.path} already", todo="look who made it") from None
     except OSError as error:
         raise HypervisorError(f"the image {disk.path} cannot be made: {error.strerror}") from error
     finally:
-        await asyncio.to_thread(_unlink, [new])
+        await in_own_thread(_unlink, [new])
 
 
 def _put(new: str, path: str) -> None:

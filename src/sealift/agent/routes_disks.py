@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Literal
 from uuid import UUID
 
@@ -15,6 +14,7 @@ from sealift.domain.conversion import ConversionOrder, ConversionStatus, DiskFac
 from sealift.domain.deks import MAX_FRAME_BYTES, decode_frame, wipe
 from sealift.errors import InvalidInput
 from sealift.hypervisor import disks
+from sealift.hypervisor.own_thread import in_own_thread
 
 _ORDER = TypeAdapter(ConversionOrder)
 _MOST_DISKS = 64
@@ -48,16 +48,16 @@ def add_disks(app: FastAPI, agent: Agent) -> None:
 
     @app.post("/v1/markers")
     async def write(disk: MarkerPath) -> dict[str, str]:
-        path, content = await asyncio.to_thread(disks.write_marker, disk.path)
+        path, content = await in_own_thread(disks.write_marker, disk.path)
         return {"path": path, "content": content}
 
     @app.post("/v1/markers/read")
     async def read(marker: MarkerPath) -> dict[str, str]:
-        return {"content": await asyncio.to_thread(disks.read_marker, marker.path)}
+        return {"content": await in_own_thread(disks.read_marker, marker.path)}
 
     @app.post("/v1/markers/remove", status_code=204)
     async def remove(marker: MarkerPath) -> None:
-        await asyncio.to_thread(disks.remove_marker, marker.path)
+        await in_own_thread(disks.remove_marker, marker.path)
 
 
 def add_conversions(app: FastAPI, agent: Agent) -> None:

@@ -37,6 +37,7 @@ from sealift.errors import (
 )
 from sealift.hypervisor.base import Hypervisor, Vm, VmPaths
 from sealift.hypervisor.images import Images
+from sealift.hypervisor.own_thread import in_own_thread
 
 log = structlog.get_logger()
 
@@ -183,7 +184,7 @@ class Vms:
             if config.uuid in self._rows or config.uuid in self.busy:
                 raise AlreadyExists(f"host {self._settings.name} has VM {config.uuid} already")
             others = [row.config for row in self._rows.values()]
-            await asyncio.to_thread(refuse_taken, config, others, self._settings.name)
+            await in_own_thread(refuse_taken, config, others, self._settings.name)
             found = from_order(file, config.uuid) if file else None
             if (found.config if found else ()) != (config if config.deks else ()):
                 raise InvalidInput(f"VM {config.name}: its configuration and its configuration file do not agree")
@@ -192,7 +193,7 @@ class Vms:
             if not made_by_conversion:
                 await make_images(config, self._images)
             but = to_be_made(config) if made_by_conversion else ()
-            await asyncio.to_thread(check_files, config, self._settings.name, but=but)
+            await in_own_thread(check_files, config, self._settings.name, but=but)
             if found is not None:
                 self.files.write(config.uuid, found)
             self._put(VmRow(config))
@@ -219,7 +220,7 @@ class Vms:
             deks = self.vault.take(vm, config.deks)
             try:
                 await self._end(vm)  # a guest that powered off leaves its QEMU behind
-                await asyncio.to_thread(check_files, config, self._settings.name)
+                await in_own_thread(check_files, config, self._settings.name)
                 record = await self._hypervisor.freeze(config)
                 self._put(replace(row, config=config, hardware=record, process=None, wanted=True))
                 handle = await self._hypervisor.start(record, self.paths(vm), deks)

@@ -25,6 +25,7 @@ from sealift.errors import AlreadyExists, ConversionFailed, DatastoreFull, Hyper
 from sealift.hypervisor.datastore import datastore_of
 from sealift.hypervisor.disks import check_header, read_header
 from sealift.hypervisor.image_header import ImageHeader
+from sealift.hypervisor.own_thread import in_own_thread
 from sealift.hypervisor.passphrase import LUKS_ITER_TIME_MS
 from sealift.hypervisor.qemu_img import Ended, key_id, run
 from sealift.secret import Secret
@@ -130,7 +131,7 @@ class Images:
 
     async def look(self, path: str, format: Format) -> DiskFacts:
         """What can be said of an image and its datastore without its key; never raises: see ``DiskFacts.error``."""
-        return await asyncio.to_thread(_look, path, format)
+        return await in_own_thread(_look, path, format)
 
     async def create(self, path: str, format: Format, size_bytes: int, dek: Secret | None) -> FileId:
         """Make an image (0600) that the guest sees with ``size_bytes``, encrypted with ``dek``, or in clear for None.
@@ -191,7 +192,7 @@ class Images:
         to ``source`` meanwhile; QEMU's lock is asked for. Raises AlreadyExists, DatastoreFull, ConversionFailed,
         HypervisorError for a source that is not what it is said to be; then, and when cancelled, no target is there.
         """
-        header = await asyncio.to_thread(_header, source)
+        header = await in_own_thread(_header, source)
         if header.snapshots:
             raise ConversionFailed(
                 f"{source.path} has {header.snapshots} internal snapshots, which a copy would lose",
@@ -227,7 +228,7 @@ class Images:
         ``full``: all of it; else the first MiB, the last, and 64 that are drawn. The structure of a qcow2 target is
         checked in any case. Raises ConversionFailed when they differ or cannot be read.
         """
-        sizes = [(await asyncio.to_thread(_header, ref)).virtual_bytes for ref in (source, target)]
+        sizes = [(await in_own_thread(_header, ref)).virtual_bytes for ref in (source, target)]
         if sizes[0] != sizes[1]:
             raise ConversionFailed(f"{target.path} has {sizes[1]} bytes for the guest, {source.path} has {sizes[0]}")
         if target.format == "qcow2":
@@ -273,13 +274,13 @@ def _os_error(what: str, path: str, error: OSError) -> SealiftError:
 
 async def _to_the_end(act: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
     """Do this in a thread, for the datastore may hang; cancelled, wait until it is done all the same, then undo it."""
-    doing = asyncio.ensure_future(asyncio.to_thread(act))
+    doing = asyncio.ensure_future(in_own_thread(act))
     try:
         return await asyncio.shield(doing)
     except asyncio.CancelledError:
         await asyncio.wait([doing])
         if doing.exception() is None and undo is not None:
-            await asyncio.to_thread(undo)
+            await in_own_thread(undo)
         raise
 
 

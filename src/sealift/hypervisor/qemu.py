@@ -26,6 +26,7 @@ from sealift.errors import (
 from sealift.hypervisor import hardware
 from sealift.hypervisor.base import VmPaths
 from sealift.hypervisor.disks import check_image
+from sealift.hypervisor.own_thread import in_own_thread
 from sealift.hypervisor.passphrase import Passphrase
 from sealift.hypervisor.probe import runs_vcpu
 from sealift.hypervisor.process import ProcessRef, spawn
@@ -216,7 +217,7 @@ class QemuHypervisor:
         check_held(config, deks)
         await self.check_record(record)
         binary, _ = self._find()
-        await asyncio.to_thread(_prepare, record, paths)
+        await in_own_thread(_prepare, record, paths)
         written = paths.log.stat().st_size if paths.log.exists() else 0
         with contextlib.ExitStack() as inherited:
             passed: list[int] = []
