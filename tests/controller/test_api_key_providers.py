@@ -82,7 +82,7 @@ def test_a_native_provider_over_the_wire(tmp_path: Path) -> None:
         assert provider.exported_at is not None
         tested = KeyProviderTested.model_validate_json((await api.call("POST", "key-providers/home/test")).content)
         assert tested.ok
-        assert len(tested.steps) == 4
+        assert len(tested.steps) == 5
         gone = KeyProviderRemoved.model_validate_json((await api.call("DELETE", "key-providers/home")).content)
         assert (gone.name, gone.locks) == ("home", [])
         assert "export" in gone.lost

@@ -11,20 +11,28 @@ from uuid import UUID
 import pytest
 
 from sealift.controller.keyring import AT_ONCE
-from sealift.errors import KeyMissing, NotFound, ProviderNotExported, ProviderUnreachable, VmLocked
+from sealift.controller.models import VmRow
+from sealift.controller.provider_ask import ProviderAsk
+from sealift.errors import Conflict, KeyMissing, NotFound, ProviderNotExported, ProviderUnreachable, VmLocked
+from sealift.keys.kmip_numbers import Operation
 from sealift.keys.native import NativeProvider
 from sealift.keys.provider import KEK_BYTES, KeyState
 from sealift.secret import Secret
-from support.registries import Registry, a_registry
+from support.kmip_place import failing_on, make_place, members
+from support.kmip_server import Die, Store
+from support.registries import Registry, a_registry, with_registry
 
 
 class Failing(NativeProvider):
     """A native provider that is unreachable from a step on, or waits there."""
 
     dies_at: tuple[str, ...] = ()
+    finds: list[str] | None = None
+    """What it answers whatever label is looked for, instead of the truth."""
     waits_at = ""
     made: str = ""
     inside = most = 0
+    crowd = AT_ONCE  # so many must wait for it to say so
 
     def __init__(self, name: str, directory: Path) -> None:
         super().__init__(name, directory)
@@ -38,7 +46,7 @@ class Failing(NativeProvider):
         if step == self.waits_at:
             self.inside += 1
             self.most = max(self.most, self.inside)
-            if self.inside == AT_ONCE:
+            if self.inside == self.crowd:
                 self.waiting.set()
             try:
                 await self.go_on.wait()
@@ -61,7 +69,7 @@ class Failing(NativeProvider):
 
     async def locate(self, label: str) -> list[str]:
         await self._meet("locate")
-        return await super().locate(label)
+        return await super().locate(label) if self.finds is None else self.finds
 
     async def destroy(self, key_id: str) -> None:
         await self._meet("destroy")
@@ -173,13 +181,16 @@ def test_a_key_that_came_to_no_use_is_destroyed_or_told_of(tmp_path: Path) -> No
         await registry.keyring.abandon("home", key_id)
         with pytest.raises(KeyMissing):
             await provider.get(key_id)
-        await registry.keyring.abandon("home", "no-such-key")  # as it is to be
+        await registry.keyring.abandon("home", key_id)  # once more, with nothing left to do
         assert await registry.happened("key.left_over") == []
         key_id, _ = await registry.keyring.new_kek("home", vm, "vm1")
         provider.dies_at = ("destroy",)
         await registry.keyring.abandon("home", key_id)
         await registry.keyring.abandon("away", key_id)
-        home, away = await registry.happened("key.left_over")
+        provider.dies_at = ()  # it answers then, and does not know the key, which was made all the same
+        await registry.keyring.abandon("home", foreign := "0" * 32 + "-" + "0" * 16)
+        home, away, missing = await registry.happened("key.left_over")
+        assert f"key {foreign} was left unused at key provider home" in missing.text
         assert f"key {key_id} was left unused at key provider home" in home.text
         assert f"key {key_id} was left unused at key provider away" in away.text
 
@@ -213,3 +224,121 @@ def test_no_more_than_a_few_are_asked_for_at_once(tmp_path: Path) -> None:
         assert provider.most == AT_ONCE
 
     with_failing(tmp_path, story)
+
+
+def test_a_provider_that_does_not_answer_keeps_nobody_from_the_keys_of_another(tmp_path: Path) -> None:
+    async def story(registry: Registry, provider: Failing, vm: UUID) -> None:
+        await registry.add_usable("other")
+        await registry.add_vm("vm2", "other")
+        key_id, _ = await registry.keyring.new_kek("home", vm, "vm1")
+        other_id, _ = await registry.keyring.new_kek("other", vm, "vm2")
+        provider.waits_at = "get"
+        asking = [asyncio.create_task(registry.keyring.kek("home", key_id, vm="vm1")) for _ in range(AT_ONCE)]
+        await provider.waiting.wait()
+        async with asyncio.timeout(10):
+            await registry.keyring.kek("other", other_id, vm="vm2")
+        provider.go_on.set()
+        await asyncio.gather(*asking)
+
+    with_failing(tmp_path, story)
+
+
+async def the_vm_has(registry: Registry, vm: UUID, key_id: str) -> None:
+    async with registry.events.transaction() as session:
+        (await session.get_one(VmRow, vm)).key_id = key_id
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "with another one"])
+def test_what_a_careless_search_finds_is_not_destroyed(tmp_path: Path, others: int) -> None:
+    """Whoever looked for the label of a key that was just made answered with keys that are others'."""
+
+    async def story(registry: Registry, provider: Failing, vm: UUID) -> None:
+        used, _ = await registry.keyring.new_kek("home", vm, "vm1")
+        await the_vm_has(registry, vm, used)
+        unknown = [(await registry.keyring.new_kek("home", vm, "vm1"))[0] for _ in range(others)]
+        provider.finds, provider.dies_at = [*unknown, used], ("get",)
+        with pytest.raises(ProviderUnreachable, match="may have been left unused"):
+            await registry.keyring.new_kek("home", vm, "vm1")
+        provider.finds = [*unknown, provider.made]
+        if others:  # two of which neither is in use, as far as we know
+            with pytest.raises(ProviderUnreachable, match="may have been left unused"):
+                await registry.keyring.new_kek("home", vm, "vm1")
+        for key_id in (used, *unknown):
+            assert await provider.state(key_id) is KeyState.ACTIVE
+        told = [event.text for event in await registry.happened("key.left_over")]
+        assert len(told) == 1 + others
+        assert f"key {used}, which is in use" in told[0]
+        assert not others or "2 keys were found for that label, and none was destroyed" in told[1]
+
+    with_failing(tmp_path, story)
+
+
+@pytest.mark.parametrize("how", ["vm", "new key", "old key"])
+def test_a_key_that_is_in_use_is_not_given_up(tmp_path: Path, how: str) -> None:
+    async def story(registry: Registry, provider: Failing, vm: UUID) -> None:
+        key_id, _ = await registry.keyring.new_kek("home", vm, "vm1")
+        if how == "vm":
+            await the_vm_has(registry, vm, key_id)
+        else:
+            await registry.add_conversion(vm, **{"new key": {"key_id": key_id}, "old key": {"old_key_id": key_id}}[how])
+        await registry.keyring.abandon("home", key_id)
+        assert await provider.state(key_id) is KeyState.ACTIVE
+        [event] = await registry.happened("key.left_over")
+        assert f"key {key_id} was left unused at key provider home: it is in use after all" in event.text
+
+    with_failing(tmp_path, story)
+
+
+def test_a_provider_is_in_use_from_before_a_key_is_made_until_its_record_is_written(tmp_path: Path) -> None:
+    async def story(registry: Registry, provider: Failing, vm: UUID) -> None:
+        async def refuses() -> str:
+            try:
+                await registry.providers.remove("home", force=False, asked_by="ann")
+            except Conflict as refused:
+                return refused.what
+            return ""
+
+        async with registry.events.transaction() as session:
+            await session.delete(await session.get_one(VmRow, vm))
+        provider.waits_at, provider.crowd = "get", 1
+        asking = asyncio.create_task(registry.keyring.new_kek("home", vm, "new"))
+        await provider.waiting.wait()
+        assert "VMs: new" in await refuses()
+        provider.go_on.set()
+        key_id, _ = await asking
+        assert "VMs: new" in await refuses(), "its record is still to be written"
+        await registry.keyring.abandon("home", key_id)
+        provider.dies_at = ("create",)
+        with pytest.raises(ProviderUnreachable):
+            await registry.keyring.new_kek("home", vm, "new")
+        provider.dies_at = ()
+        key_id, _ = await registry.keyring.new_kek("home", vm, "new")
+        assert "VMs: new" in await refuses()
+        await registry.add_conversion(vm, key_id=key_id, finished_at=1.0)
+        assert not await refuses(), "what came of it is said by the records"
+
+    with_failing(tmp_path, story)
+
+
+def test_a_key_server_that_heeds_no_names_costs_no_key(tmp_path: Path) -> None:
+    """The whole way: Create's key cannot be read, and Locate answers with every key that there is."""
+    store, place = Store(finds_all=True), make_place(tmp_path)
+    used = store.add("sealift-vm-of-before", 2)
+    unknown = store.add("somebody else's", 1)
+    answers = store.answers(before=failing_on(Operation.GET, Die()))
+
+    async def story(registry: Registry) -> None:
+        async with members(place, answers) as (provider, _):
+            ask = ProviderAsk("kms", "kmip", ("kms1.example.net:5696",), place.authority.pem)
+            await registry.providers.add(ask, asked_by="ann")
+            await registry.providers.close()
+            registry.providers._opened["kms"] = provider
+            vm = await registry.add_vm("vm1", "kms", used)
+            with pytest.raises(ProviderUnreachable):
+                await registry.keyring.new_kek("kms", vm, "vm1")
+        made = next(key_id for key_id in store.states if key_id not in (used, unknown))
+        assert store.states == {used: 2, unknown: 1, made: 5}
+        assert await registry.happened("key.left_over") == []
+
+    (tmp_path / "registry").mkdir()
+    with_registry(tmp_path / "registry", story)

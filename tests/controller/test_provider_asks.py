@@ -51,7 +51,16 @@ def test_an_ask_that_contradicts_itself_is_refused(change: dict[str, object]) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["kms:5696", "kms-1.example.net:1", "10.0.0.1:65535", "[::1]:5696", "[2001:db8::17]:5696", "a_b:80"]
+    "text",
+    [
+        "kms:5696",
+        "kms-1.example.net:1",
+        "10.0.0.1:65535",
+        "[::1]:5696",
+        "[2001:db8::17]:5696",
+        "a_b:80",
+        "a" * 63 + ".net:1",
+    ],
 )
 def test_an_address_of_a_key_server(text: str) -> None:
     check_member(text)
@@ -60,7 +69,18 @@ def test_an_address_of_a_key_server(text: str) -> None:
 NO_ADDRESSES = """
 kms kms: :5696 kms:0 kms:65536 kms:+5 kms:\u0665 ::1:5696 [::1:5696 [kms]:5696 [::1] -kms:5696 kms/x:1 kms:5696:1
 """
-ODD_ADDRESSES = ["", ":", "kms:5 6", "k ms:5696", "kms\n:5696", "kms:5696\n", "kms:" + "9" * 5000, "a" * 254 + ":1"]
+ODD_ADDRESSES = [
+    "",
+    ":",
+    "kms:5 6",
+    "k ms:5696",
+    "kms\n:5696",
+    "kms:5696\n",
+    "kms:" + "9" * 5000,
+    "a" * 254 + ":1",
+    "a" * 64 + ":1",
+]
+ODD_ADDRESSES += [f"kms.{'a' * 64}.net:1", ".".join(["a" * 63] * 4) + ":1"]
 
 
 @pytest.mark.parametrize("text", [*NO_ADDRESSES.split(), *ODD_ADDRESSES])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from sealift.controller.models import KeyProviderRow
 from sealift.controller.provider_ask import ProviderAsk
 from sealift.demo.kmip import KmipServers, ServerAuthority
 from sealift.errors import (
@@ -23,9 +24,14 @@ from sealift.errors import (
     ProviderNotExported,
     VmLocked,
 )
+from sealift.keys.kmip_numbers import Operation
 from sealift.keys.native import NativeProvider
+from sealift.keys.provider import ProviderHealth
+from sealift.keys.ttlv import Item
 from sealift.secret import Secret
 from support.age import cheap_export
+from support.kmip_place import make_place, members
+from support.kmip_server import Store
 from support.ports import free_port
 from support.registries import Registry, a_registry, with_registry
 
@@ -35,7 +41,7 @@ def secret(text: str) -> Secret:
 
 
 CA = ServerAuthority()
-STEPS = ("create", "activate", "get", "destroy")
+STEPS = ("create", "activate", "get", "locate", "destroy")
 GOOD = ProviderAsk("kms", "kmip", ("kms1.example.net:5696",), CA.pem)
 
 # Defaults
@@ -245,6 +251,80 @@ def test_a_provider_that_goes_and_comes_back_is_told_of_once_each_and_wakes_who_
     with_registry(tmp_path, story)
 
 
+class Odd(NativeProvider):
+    """Meets a defect when it is asked how it is, and finds nothing."""
+
+    async def probe(self) -> ProviderHealth:
+        raise RuntimeError("what nobody thought of")
+
+    async def locate(self, label: str) -> list[str]:
+        return []
+
+
+async def add_odd(registry: Registry) -> None:
+    await registry.add_usable("odd")
+    await registry.providers.close()
+    registry.providers._opened["odd"] = Odd("odd", registry.directory / "odd")
+
+
+def test_a_defect_met_at_one_provider_hides_no_other(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        await add_odd(registry)
+        await registry.add_usable("home")
+        home, odd = await registry.providers.list()
+        assert (home.row.name, home.state) == ("home", "ok")
+        assert (odd.row.name, odd.state) == ("odd", "unreachable")
+        assert "RuntimeError" in odd.message
+        assert "nobody thought of" not in odd.message
+        assert not (await registry.providers.probe("odd")).ok
+        (registry.directory / "odd").rename(tmp_path / "away")
+        (registry.directory / "odd").write_text("no directory")
+        async with registry.events.transaction() as session:
+            (await session.get_one(KeyProviderRow, "odd")).kind = "kmip"
+        home, odd = await registry.providers.list()
+        assert (home.state, odd.state) == ("ok", "unreachable")
+        assert odd.message
+
+    with_registry(tmp_path, story)
+
+
+def test_a_key_that_is_not_found_by_its_label_fails_the_test_and_is_destroyed(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        await add_odd(registry)
+        ok, steps = await registry.providers.test("odd", asked_by="ann")
+        assert not ok
+        assert [(step.name, step.ok) for step in steps] == [(f"odd: {what}", what != "locate") for what in STEPS]
+        assert "does not find" in steps[3].message
+
+    with_registry(tmp_path, story)
+
+
+def test_a_server_that_says_who_it_is_and_gives_no_key_does_not_come_and_go(tmp_path: Path) -> None:
+    store, place = Store(), make_place(tmp_path)
+    key_id = store.add("vm one", 2)
+    broken = True
+
+    def answer(operation: Operation, payload: Item) -> bytes:
+        return b"HTTP/1.1 500 no" if broken else store.answers()(operation, payload)
+
+    async def story(registry: Registry) -> None:
+        nonlocal broken
+        async with members(place, answer) as (provider, _):
+            await registry.providers.add(GOOD, asked_by="ann")  # where nobody answers yet
+            registry.providers._opened["kms"] = provider
+            for _ in range(3):
+                with pytest.raises(VmLocked):
+                    await registry.keyring.kek("kms", key_id, vm="vm1")
+                assert (await registry.providers.probe("kms")).ok
+            broken = False
+            await registry.keyring.kek("kms", key_id, vm="vm1")
+        kinds = [event.type for event in await registry.happened() if event.type.endswith(("unreachable", "back"))]
+        assert kinds == ["key_provider.unreachable", "key_provider.back"]
+
+    (tmp_path / "registry").mkdir()
+    with_registry(tmp_path / "registry", story)
+
+
 # Removal
 
 
@@ -273,6 +353,7 @@ def test_one_in_use_is_removed_by_force_only_and_says_who_locks(tmp_path: Path) 
             await registry.keyring.kek("home", "k", vm="vm1")
         assert "add or import key provider home" in locked.value.todo
         [event] = await registry.happened("key_provider.removed")
+        assert "these VMs lock when the agent of their host is restarted" in event.text
         assert "vm1, vm2" in event.text
         added = await registry.providers.add(ProviderAsk("home", "native"), asked_by="ann")
         assert added.unlocks == ("vm1", "vm2")

@@ -23,6 +23,7 @@ _CALLS: tuple[Call[object], ...] = (
     kmip.get(_KEY),
     kmip.get_state(_KEY),
     kmip.activate(_KEY),
+    kmip.get_names(_KEY),
 )
 _GENUINE = (
     message(kmip.Operation.DISCOVER_VERSIONS, version(2, 0), version(1, 4), version(1, 2)),
@@ -56,8 +57,10 @@ def kmip_answer(data: bytes) -> None:
             assert len(said.reveal()) == KEK_BYTES
         case str():
             check_key_id(said)
-        case list():
+        case list() if call.operation is kmip.Operation.LOCATE:
             assert [check_key_id(each) for each in said] == said
+        case list():
+            assert all(isinstance(each, str) for each in said)
         case _:
             assert said is None or isinstance(said, (KeyState, Version))
 

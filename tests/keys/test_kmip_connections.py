@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import ClassVar
@@ -18,8 +19,8 @@ from sealift.keys.kmip_messages import Call
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.ttlv import Item
 from sealift.secret import Secret
-from support.kmip_place import Place, always, failing_on, make_place, members, provider_of
-from support.kmip_server import Die, Hang, Store, key_item, message, saying, server_context
+from support.kmip_place import Place, always, failing_on, make_place, members, provider_of, raising
+from support.kmip_server import Die, Hang, Store, key_item, message, saying, server_context, versions
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,80 @@ def test_received_keys_are_overwritten(place: Place) -> None:
 
 
 # pauses and addresses
+
+
+def rest(provider: KmipProvider) -> None:
+    """All members have just failed, the first one first, and are left alone for a while."""
+    now = asyncio.get_running_loop().time()
+    for number, member in enumerate(provider._members):
+        member.pace = Pace(30.0, now + 30 + number / 100)
+
+
+def test_while_all_members_are_away_a_call_waits_for_one_of_them_and_names_each(place: Place) -> None:
+    store = Store()
+    key_id = store.add("vm", 2)
+    hangs = True
+
+    def hook(operation: Operation) -> None:
+        if hangs:
+            raise Hang()
+
+    async def main() -> None:
+        nonlocal hangs
+        async with members(place, *[store.answers(before=hook)] * 3) as (provider, servers):
+            asked: list[list[int]] = []
+            for number in range(4):
+                with pytest.raises(ProviderUnreachable) as gone:
+                    await provider.get(key_id)
+                for server in servers:
+                    assert re.search(
+                        f"{server.member}: (not asked again yet; )?it does not answer within", gone.value.what
+                    )
+                asked.append([server.connections for server in servers])
+                if number == 0:
+                    rest(provider)
+            assert asked == [[1, 1, 1], [2, 1, 1], [2, 2, 1], [2, 2, 2]], "one at a time, and each in its turn"
+            hangs = False
+            assert (await provider.get(key_id)).reveal() == store.materials[key_id], "no pause is waited for"
+
+    asyncio.run(main())
+
+
+def test_a_member_that_answers_a_probe_is_asked_at_once(place: Place) -> None:
+    store = Store()
+    key_id = store.add("vm", 2)
+
+    async def main() -> None:
+        right = store.answers()
+
+        def well(operation: Operation, payload: Item) -> bytes:
+            return versions() if operation is Operation.DISCOVER_VERSIONS else right(operation, payload)
+
+        async with members(place, raising(Die()), well, greets=False) as (provider, servers):
+            rest(provider)
+            with pytest.raises(ProviderUnreachable, match=f"{servers[1].member}: not asked again yet"):
+                await provider.get(key_id)
+            assert [member.ok for member in (await provider.probe()).members] == [False, True]
+            assert (await provider.get(key_id)).reveal() == store.materials[key_id]
+
+    asyncio.run(main())
+
+
+def test_a_host_name_that_cannot_be_looked_up_is_a_member_that_is_away(place: Place) -> None:
+    store = Store()
+    key_id = store.add("vm", 2)
+
+    async def main() -> None:
+        async with saying(server_context(place.authority, place.certificate), store.answers()) as server:
+            long = "k" * 64 + ".example:5696"
+            provider = KmipProvider("kms", [long, server.member], place.client)
+            assert (await provider.get(key_id)).reveal() == store.materials[key_id]
+            odd, well = (await provider.probe()).members
+            assert (odd.ok, odd.message) == (False, "no connection: its host name is not valid")
+            assert well.ok
+            await provider.close()
+
+    asyncio.run(main())
 
 
 def test_pauses_grow_from_a_second_to_thirty_and_end_with_success() -> None:

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from sealift.errors import KeyMissing, KeyNotActive, ProviderRefused, ProviderUnreachable
+from sealift.errors import KeyMissing, KeyNotActive, ProviderAnswerInvalid, ProviderRefused, ProviderUnreachable
+from sealift.keys.kmip import MAX_LOCATED
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.provider import KeyState, new_key
 from sealift.keys.ttlv import Item
@@ -64,6 +65,44 @@ def test_a_key_that_is_in_use_is_never_taken_for_the_one_just_made(place: Place)
             made = await provider.create("vm one")
             assert made != in_use
             assert sorted(await provider.locate("vm one")) == sorted([made, in_use])
+
+    asyncio.run(main())
+
+
+def test_only_keys_that_say_themselves_that_they_have_the_label_are_found(place: Place) -> None:
+    """The server leaves the name out of what it looks for, as a proxy may do, and answers with all keys."""
+    store = Store(finds_all=True)
+    for label in ("vm two", "vm one and more", "VM ONE"):
+        store.add(label, 2)
+    store.nameless.add(store.add("vm one", 2))
+    right = store.add("vm one", 2)
+    fails = store.answers(before=failing_on(Operation.CREATE, Die()))
+
+    async def main() -> None:
+        async with members(place, fails, store.answers()) as (provider, _):
+            assert await provider.locate("vm one") == [right]
+            assert await provider.locate("vm three") == []
+            foreign = store.add("vm two", 1)  # pre-active, as one just made would be
+            made = await provider.create("vm three")
+            assert made != foreign
+            assert store.labels[made] == "vm three"
+
+    asyncio.run(main())
+
+
+def test_who_finds_more_keys_than_can_have_a_label_is_not_believed(place: Place) -> None:
+    store = Store()
+    for _ in range(MAX_LOCATED):
+        store.add("vm one", 1)
+
+    async def main() -> None:
+        async with members(place, store.answers()) as (provider, (server,)):
+            assert len(await provider.locate("vm one")) == MAX_LOCATED
+            store.add("vm one", 1)
+            server.asked.clear()
+            with pytest.raises(ProviderAnswerInvalid, match=f"finds {MAX_LOCATED + 1} keys for one label"):
+                await provider.locate("vm one")
+            assert server.asked == [Operation.LOCATE]
 
     asyncio.run(main())
 

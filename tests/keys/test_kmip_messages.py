@@ -18,7 +18,7 @@ from sealift.keys.kmip_messages import MAX_ANSWER_BYTES, VERSIONS, Call, Version
 from sealift.keys.kmip_numbers import Operation, Tag
 from sealift.keys.provider import KeyState
 from sealift.keys.ttlv import Item, ItemType, decode, encode, enumeration, integer, structure, text
-from support.kmip_server import key_item, message, refusal, version, wrapped
+from support.kmip_server import key_item, message, name_value, refusal, version, wrapped
 
 _VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "kmip-messages.json").read_text())["tests"]
 PUBLISHED = {(each["kind"], each["where"]): bytes.fromhex(each["hex"]) for each in _VECTORS}
@@ -30,6 +30,7 @@ CALLS: dict[str, Call[Any]] = {
     "locate": kmip.locate("vm one"),
     "get": kmip.get(KEY),
     "state": kmip.get_state(KEY),
+    "names": kmip.get_names(KEY),
     "activate": kmip.activate(KEY),
     "revoke": kmip.revoke(KEY),
     "destroy": kmip.destroy(KEY),
@@ -188,6 +189,31 @@ def test_every_state_is_known_and_no_other() -> None:
     assert [call.answer(answer(number)) for number in range(1, 7)] == list(KeyState)
     for bad in (answer(0), answer(7), answer(2, "Object Type")):
         with pytest.raises(ProviderAnswerInvalid):
+            call.answer(bad)
+
+
+def test_names_are_read_and_nothing_else() -> None:
+    def answer(*values: Item, name: str = "Name", key_id: str = KEY) -> bytes:
+        found = [
+            structure(Tag.ATTRIBUTE, text(Tag.ATTRIBUTE_NAME, name), integer(0x420009, index), value)  # its index
+            for index, value in enumerate(values)
+        ]
+        return message(Operation.GET_ATTRIBUTES, text(Tag.UNIQUE_IDENTIFIER, key_id), *found)
+
+    call = kmip.get_names(KEY)
+    assert call.answer(answer()) == []
+    assert call.answer(answer(name_value("vm one"), name_value("urn:x", 2), name_value("VM ONE"))) == [
+        "vm one",
+        "VM ONE",
+    ]
+    for bad, why in (
+        (answer(name_value("vm one"), key_id=OTHER), "another key"),
+        (answer(name_value("vm one"), name="State"), "another attribute"),
+        (answer(text(Tag.ATTRIBUTE_VALUE, "vm one")), "wrong type: attribute value"),
+        (answer(structure(Tag.ATTRIBUTE_VALUE, text(Tag.NAME_VALUE, "vm one"))), "missing: name type"),
+        (answer(structure(Tag.ATTRIBUTE_VALUE, enumeration(Tag.NAME_TYPE, 1))), "missing: name value"),
+    ):
+        with pytest.raises(ProviderAnswerInvalid, match=why):
             call.answer(bad)
 
 

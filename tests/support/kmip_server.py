@@ -113,6 +113,11 @@ def key_item(
     return enumeration(Tag.OBJECT_TYPE, object_type), text(Tag.UNIQUE_IDENTIFIER, key_id), key
 
 
+def name_value(name: str, kind: int = 1) -> Item:
+    """The value of an attribute Name; kind 1 is plain text."""
+    return structure(Tag.ATTRIBUTE_VALUE, text(Tag.NAME_VALUE, name), enumeration(Tag.NAME_TYPE, kind))
+
+
 def versions() -> bytes:
     """The answer to what every connection begins with."""
     return message(Operation.DISCOVER_VERSIONS, version(1, 4))
@@ -131,10 +136,13 @@ class Store:
     """Keys of a cluster, and right answers about them; servers that share a store replicate at once.
 
     ``before`` and ``after`` are called with each operation and may raise ``Hang`` or ``Die``: before it was carried
-    out, and when only the answer is missing.
+    out, and when only the answer is missing. With ``finds_all`` Locate heeds no name and answers with every key; a key
+    in ``nameless`` has none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, finds_all: bool = False) -> None:
+        self.finds_all = finds_all
+        self.nameless: set[str] = set()
         self.labels: dict[str, str] = {}
         self.states: dict[str, int] = {}
         self.materials: dict[str, bytes] = {}
@@ -167,7 +175,7 @@ class Store:
             return message(operation, enumeration(Tag.OBJECT_TYPE, 2), text(Tag.UNIQUE_IDENTIFIER, key_id))
         if operation is Operation.LOCATE:
             wanted = _label(payload)
-            found = [key_id for key_id, label in self.labels.items() if label == wanted]
+            found = [key_id for key_id, label in self.labels.items() if self.finds_all or label == wanted]
             return message(operation, *(text(Tag.UNIQUE_IDENTIFIER, each) for each in found))
         key_id = str(_inner(payload, Tag.UNIQUE_IDENTIFIER).value)
         if key_id not in self.states:
@@ -177,9 +185,13 @@ class Store:
                 return refusal(operation, 0xB, "it is destroyed")
             return message(operation, *key_item(key_id, self.materials[key_id]))
         if operation is Operation.GET_ATTRIBUTES:
-            state = enumeration(Tag.ATTRIBUTE_VALUE, self.states[key_id])
-            attribute = structure(Tag.ATTRIBUTE, text(Tag.ATTRIBUTE_NAME, "State"), state)
-            return message(operation, text(Tag.UNIQUE_IDENTIFIER, key_id), attribute)
+            wanted = str(_inner(payload, Tag.ATTRIBUTE_NAME).value)
+            value = enumeration(Tag.ATTRIBUTE_VALUE, self.states[key_id])
+            if wanted == "Name":
+                value = name_value(self.labels[key_id])
+            has_it = wanted == "State" or key_id not in self.nameless
+            told = [structure(Tag.ATTRIBUTE, text(Tag.ATTRIBUTE_NAME, wanted), value)] if has_it else []
+            return message(operation, text(Tag.UNIQUE_IDENTIFIER, key_id), *told)
         needs, becomes = {
             Operation.ACTIVATE: ((1,), 2),
             Operation.REVOKE: ((2,), 3),

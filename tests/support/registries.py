@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 from sealift.controller.events import EventLog
 from sealift.controller.keyring import Keyring
-from sealift.controller.models import EventRow, HostRow, KeyProviderRow, VmRow
+from sealift.controller.models import ConversionRow, EventRow, HostRow, KeyProviderRow, VmRow
 from sealift.controller.provider_ask import ProviderAsk
 from sealift.controller.providers import Providers
 from sealift.controller.store import open_store
@@ -48,6 +48,32 @@ class Registry:
                 VmRow(uuid=vm, name=name, host=host, config={}, created_at=0.0, provider=provider, key_id=key_id)
             )
         return vm
+
+    async def add_conversion(self, vm: UUID, *, finished_at: float | None = None, **keys: str) -> None:
+        """A rekey of a VM at provider ``home``, with ``key_id`` or ``old_key_id``."""
+        row = ConversionRow(
+            id=uuid4(),
+            vm=vm,
+            vm_name="vm1",
+            host=uuid4(),
+            host_name="h-vm1",
+            kind="rekey",
+            deep=True,
+            state="copying",
+            verify="sample",
+            provider="home",
+            old_provider="home",
+            after_config={},
+            after_file=b"",
+            fence=1,
+            findings=[],
+            requested_by="ann",
+            created_at=0.0,
+            finished_at=finished_at,
+            **keys,
+        )
+        async with self.events.transaction() as session:
+            session.add(row)
 
     async def happened(self, kind: str = "") -> list[EventRow]:
         """Every event so far, or those of one type."""

@@ -98,14 +98,17 @@ class KeyProviderAdded(Document):
 
 
 class KeyProviderTested(Document):
-    """POST key-providers/{name}/test: a key was made, activated, read and destroyed again on every member."""
+    """POST key-providers/{name}/test: a key was made, activated, read, found and destroyed again on each member."""
 
     ok: bool
     steps: list[TestStep]
 
 
 class KeyProviderRemoved(Document):
-    """DELETE key-providers/{name}[?force=true]: the VMs that lock because of it, and what is gone with it."""
+    """DELETE key-providers/{name}[?force=true]: the VMs that had their keys there, and what is gone with it.
+
+    They lock when the agent of their host is restarted; those that run go on.
+    """
 
     name: str
     locks: list[str]

@@ -14,9 +14,9 @@ from sealift.secret import Secret
 
 MAX_MEMBERS = 16
 
-_HOST = re.compile(
-    r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*"
-)
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
+"""Names of up to 253 characters whose labels have up to 63 (RFC 1035, section 2.3.4)."""
 
 ClientTrust = Literal["generated", "csr", "uploaded"]
 

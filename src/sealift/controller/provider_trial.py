@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sealift.errors import KeyProviderError
+from sealift.keys.kinds import open_provider
 from sealift.keys.provider import KEK_BYTES, KeyProvider
 
 LABEL = "sealift-test-"
@@ -38,15 +41,16 @@ class Trial:
 
 
 async def try_out(provider: KeyProvider, member: str) -> Trial:
-    """Make, activate, read and destroy a key at ``provider``; steps are named after ``member``. Raises nothing.
+    """Make, activate, read, find and destroy a key at ``provider``; steps are named after ``member``. Raises nothing.
 
     What was made is destroyed whatever failed in between.
     """
     trial = Trial()
     made: list[str] = []
+    label = LABEL + secrets.token_hex(8)
 
     async def create() -> None:
-        made.append(await provider.create(LABEL + secrets.token_hex(8)))
+        made.append(await provider.create(label))
 
     async def read() -> None:
         key = await provider.get(made[0])
@@ -55,6 +59,13 @@ async def try_out(provider: KeyProvider, member: str) -> Trial:
                 raise KeyProviderError(f"key provider {provider.name} gave a key that is not {KEK_BYTES} bytes long")
         finally:
             key.wipe()
+
+    async def find() -> None:
+        if await provider.locate(label) != made:
+            raise KeyProviderError(
+                f"key provider {provider.name} does not find the one key that has a label by that label",
+                todo="see whether its servers, or a proxy before them, look for keys by the attribute Name",
+            )
 
     async def step(name: str, action: Callable[[], Awaitable[None]]) -> bool:
         begun = time.monotonic()
@@ -69,7 +80,24 @@ async def try_out(provider: KeyProvider, member: str) -> Trial:
 
     if not await step("create", create):
         return trial
-    _ = await step("activate", lambda: provider.activate(made[0])) and await step("get", read)
+    _ = (
+        await step("activate", lambda: provider.activate(made[0]))
+        and await step("get", read)
+        and await step("locate", find)
+    )
     if not await step("destroy", lambda: provider.destroy(made[0])):
         trial.left = made[0]
     return trial
+
+
+async def try_members(name: str, directory: Path, members: Sequence[str]) -> list[Trial]:
+    """Try out each server of a kmip provider by itself, all at the same time."""
+
+    async def alone(member: str) -> Trial:
+        provider = await asyncio.to_thread(open_provider, "kmip", name, directory, [member])
+        try:
+            return await try_out(provider, member)
+        finally:
+            await provider.close()
+
+    return list(await asyncio.gather(*map(alone, members)))

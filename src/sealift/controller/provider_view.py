@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import structlog
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sealift.controller.models import ConversionRow, KeyProviderRow, VmRow
 from sealift.domain.vm import check_name
-from sealift.errors import Conflict, NotFound
+from sealift.errors import Conflict, NotFound, SealiftError
+from sealift.keys.kinds import Kind
 from sealift.keys.native import NativeProvider
 from sealift.keys.provider import MemberHealth, ProviderHealth
+
+log = structlog.get_logger("sealift.providers")
 
 ProviderState = Literal["ok", "degraded", "unreachable", "not_exported", "no_certificate"]
 
@@ -42,7 +48,7 @@ class Added:
 
 @dataclass(frozen=True)
 class Removed:
-    """A provider that is gone, the VMs that lock because of it, and what went with it."""
+    """A provider that is gone, the VMs that lock once their hosts lost their keys, and what went with it."""
 
     name: str
     locks: tuple[str, ...]
@@ -67,6 +73,42 @@ async def users_of(session: AsyncSession, name: str) -> tuple[str, ...]:
         )
     )
     return tuple(sorted({*vms, *converting}))
+
+
+async def keys_in_use(session: AsyncSession, name: str) -> frozenset[str]:
+    """The ids of a provider's keys that VMs have, or are being given or taken."""
+    vms = await session.scalars(select(VmRow.key_id).where(VmRow.provider == name))
+    converting = await session.scalars(
+        select(ConversionRow).where(
+            ConversionRow.finished_at.is_(None),
+            (ConversionRow.provider == name) | (ConversionRow.old_provider == name),
+        )
+    )
+    found = {key_id for key_id in vms if key_id}
+    for row in converting:
+        pairs = (row.provider, row.key_id), (row.old_provider, row.old_key_id)
+        found.update(key_id for provider, key_id in pairs if provider == name and key_id)
+    return frozenset(found)
+
+
+def new_row(name: str, kind: Kind, *, members: Sequence[str], exported_at: float | None) -> KeyProviderRow:
+    """The row of a new provider, not stored yet."""
+    return KeyProviderRow(
+        name=name,
+        kind=kind,
+        members=[*members],
+        is_default=False,
+        created_at=time.time(),
+        exported_at=exported_at,
+    )
+
+
+def told(name: str, error: Exception) -> str:
+    """What is said of a provider that could not be looked at. A defect of ours is named, and logged."""
+    if isinstance(error, SealiftError):
+        return str(error)
+    log.error("a key provider met something unexpected", provider=name, exc_info=error)
+    return f"something unexpected happened: {type(error).__name__}; see the controller's log"
 
 
 def judge(row: KeyProviderRow, health: ProviderHealth) -> tuple[ProviderState, str]:
@@ -96,6 +138,13 @@ def lost_with(row: KeyProviderRow) -> str:
     if row.exported_at is None:
         return "It was never exported: the key that its keys are derived from was only here"
     return "The key that its keys are derived from is now only in its export; import that to have it back"
+
+
+def told_of_locks(users: Sequence[str]) -> str:
+    """What becomes of VMs whose provider is removed: until its agent is restarted, a host has their keys in memory."""
+    if not users:
+        return ""
+    return f"; these VMs lock when the agent of their host is restarted, those that run go on: {', '.join(users)}"
 
 
 def notes_on(row: KeyProviderRow, directory: Path) -> tuple[str, ...]:

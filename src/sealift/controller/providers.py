@@ -17,20 +17,26 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sealift.controller.events import EventLog, Happening
+from sealift.controller.fresh_keys import FreshKeys
 from sealift.controller.models import KeyProviderRow
 from sealift.controller.provider_ask import ProviderAsk, check_ask, check_certificate
 from sealift.controller.provider_files import ProviderFiles, build, build_native
-from sealift.controller.provider_trial import Trial, TrialStep, try_out
+from sealift.controller.provider_presence import Presence
+from sealift.controller.provider_trial import TrialStep, try_members, try_out
 from sealift.controller.provider_view import (
     Added,
     ProviderState,
     Removed,
     SeenProvider,
     judge,
+    keys_in_use,
     lost_with,
+    new_row,
     no_certificate,
     notes_on,
     provider_row,
+    told,
+    told_of_locks,
     users_of,
 )
 from sealift.domain.vm import check_name
@@ -40,7 +46,6 @@ from sealift.errors import (
     ExportInvalid,
     KeyMissing,
     KeyNotActive,
-    KeyProviderError,
     NotFound,
     ProviderAnswerInvalid,
     ProviderImpostor,
@@ -63,7 +68,8 @@ class Providers:
         self._events, self._files = events, ProviderFiles(directory)
         self._changing = asyncio.Lock()  # held by whatever changes a row or a directory, and while one is opened
         self._opened: dict[str, KeyProvider] = {}
-        self._away: set[str] = set()  # those that did not answer when last asked
+        self._presence = Presence()
+        self.fresh = FreshKeys()  # told by the keyring: they make their provider one in use
         self.changed = asyncio.Event()
         """Set, and replaced by a new one, whenever keys may be had that could not be had before, or no more."""
 
@@ -76,7 +82,7 @@ class Providers:
             await self._must_be_free(ask.name)
             with self._files.aside() as built:
                 await asyncio.to_thread(build, built, ask)
-                row = _new_row(ask.name, ask.kind, members=ask.members, exported_at=None)
+                row = new_row(ask.name, ask.kind, members=ask.members, exported_at=None)
                 said = f"key provider {ask.name} ({ask.kind}) was added by {asked_by}"
                 unlocks = await self._place(built, row, "key_provider.added", said, default=ask.default)
         return Added(await self.show(ask.name), unlocks)
@@ -100,11 +106,14 @@ class Providers:
     async def remove(self, name: str, *, force: bool, asked_by: str) -> Removed:
         """Forget a provider and delete what is kept of it here. Raises NotFound, and Conflict while VMs use it.
 
-        With ``force`` those VMs lock: they run on, and cannot be started until a provider of that name is back.
+        With ``force`` those VMs lock, each as soon as its host has lost its keys, until a provider of that name is
+        back; those that run go on. A VM for which a key is being made uses it too.
         """
         async with self._changing:
             async with self._events.transaction() as session:
-                row, users = await provider_row(session, name), await users_of(session, name)
+                row = await provider_row(session, name)
+                await self.fresh.forget_recorded(session)
+                users = tuple(sorted({*await users_of(session, name), *self.fresh.vms_of(name)}))
                 lost = lost_with(row)
                 if users and not force:
                     raise Conflict(
@@ -112,11 +121,10 @@ class Providers:
                         todo=f"move them off it with `sealift vm rekey --from {name}`; `--force` locks them. {lost}",
                     )
                 await session.delete(row)
-                locked = f"; these VMs lock: {', '.join(users)}" if users else ""
-                text = f"key provider {name} was removed by {asked_by}{locked}. {lost}"
+                text = f"key provider {name} was removed by {asked_by}{told_of_locks(users)}. {lost}"
                 self._events.add(session, Happening("key_provider.removed", text))
             await self._close(name)
-            self._away.discard(name)
+            self._presence.forget(name)
             await asyncio.to_thread(self._files.delete, name)
         self._wake()
         return Removed(name, users, lost)
@@ -137,7 +145,15 @@ class Providers:
         """One provider, asked just now; raises NotFound."""
         async with self._events.reading() as session:
             row, users = await provider_row(session, name), await users_of(session, name)
-        place = self._files.of(name)
+        try:
+            return await self._see(row, users)
+        except NotFound:
+            raise
+        except Exception as error:  # the others can be seen all the same
+            return SeenProvider(row, "unreachable", told(name, error), (), users, ())
+
+    async def _see(self, row: KeyProviderRow, users: tuple[str, ...]) -> SeenProvider:
+        name, place = row.name, self._files.of(row.name)
         certificate = request = ""
         if row.kind == "kmip":
             certificate, request = kmip_trust.client_certificate(place), kmip_trust.certificate_request(place)
@@ -155,20 +171,25 @@ class Providers:
         """Ask every member of a provider whether it answers; raises NotFound."""
         try:
             health = await (await self.open(name)).probe()
-        except (KeyProviderError, Conflict) as error:
-            health = ProviderHealth(ok=False, message=str(error))
-        await self._note(name, "" if health.ok else health.message or "it does not answer")
+        except NotFound:
+            raise
+        except Exception as error:
+            health = ProviderHealth(ok=False, message=told(name, error))
+        if health.ok:
+            await self._tell(name, self._presence.probe_answered(name))
+        else:
+            await self._tell(name, self._presence.probe_failed(name), health.message or "it does not answer")
         return health
 
     async def test(self, name: str, *, asked_by: str) -> tuple[bool, Sequence[TrialStep]]:
-        """Make, activate, read and destroy a key on every member; raises NotFound, Conflict, KeyProviderError."""
+        """Make, activate, read, find and destroy a key on every member; raises NotFound, Conflict, KeyProviderError."""
         whole = await self.open(name)
         async with self._events.reading() as session:
             row = await provider_row(session, name)
         if row.kind == "native":
             trials = [await try_out(whole, name)]
         else:
-            trials = await asyncio.gather(*(self._try_member(row, member) for member in row.members))
+            trials = await try_members(name, self._files.of(name), row.members)
         steps = [step for trial in trials for step in trial.steps]
         failed = next((f"{step.name}: {step.message}" for step in steps if not step.ok), "")
         async with self._events.transaction() as session:
@@ -180,13 +201,6 @@ class Providers:
                     text = f"key {trial.left} of a test was left unused at key provider {name}"
                     self._events.add(session, Happening("key.left_over", text))
         return not failed, steps
-
-    async def _try_member(self, row: KeyProviderRow, member: str) -> Trial:
-        alone = await asyncio.to_thread(open_provider, "kmip", row.name, self._files.of(row.name), [member])
-        try:
-            return await try_out(alone, member)
-        finally:
-            await alone.close()
 
     # Changing
 
@@ -276,7 +290,7 @@ class Providers:
                 await self._must_be_free(name)
                 with self._files.aside() as built:
                     await asyncio.to_thread(build_native, built, name, kdk)
-                    row = _new_row(name, "native", members=(), exported_at=time.time())
+                    row = new_row(name, "native", members=(), exported_at=time.time())
                     said = f"key provider {name} (native) was imported by {asked_by}"
                     unlocks = await self._place(built, row, "key_provider.imported", said, default=default)
         finally:
@@ -316,23 +330,30 @@ class Providers:
         try:
             yield found
         except (ProviderUnreachable, ProviderImpostor, ProviderAnswerInvalid) as error:
-            await self._note(name, error.what)
+            reached = isinstance(error, ProviderAnswerInvalid)
+            await self._tell(name, self._presence.question_failed(name, reached=reached), error.what)
             raise
-        except (KeyMissing, KeyNotActive, ProviderRefused):
-            await self._note(name, "")  # which is an answer too
+        except (KeyMissing, KeyNotActive, ProviderRefused):  # which are answers too
+            await self._tell(name, self._presence.question_answered(name))
             raise
-        await self._note(name, "")
+        await self._tell(name, self._presence.question_answered(name))
 
     async def require_usable(self, name: str) -> None:
         """Raise NotFound, Conflict or ProviderNotExported unless new keys may be made there."""
         async with self._events.reading() as session:
             row = await provider_row(session, name)
+            await self.fresh.forget_recorded(session)
         if row.kind == "native" and row.exported_at is None:
             raise ProviderNotExported(
                 f"key provider {name} was never exported; if this controller were lost, so would be every VM of it",
                 todo=f"run `sealift key-provider export {name}`",
             )
         await self.open(name)
+
+    async def used_keys(self, name: str) -> frozenset[str]:
+        """The ids of the provider's keys that a VM has, or a conversion under way gives or takes."""
+        async with self._events.reading() as session:
+            return await keys_in_use(session, name)
 
     async def left_over(self, text: str, *, vm: str | None = None) -> None:
         """Say of a key that it was left unused at its provider."""
@@ -349,16 +370,13 @@ class Providers:
         if found is not None:
             await found.close()
 
-    async def _note(self, name: str, why: str) -> None:
-        """Keep track of whether a provider answers: ``why`` it does not, or nothing. The first time is an event."""
-        if (name in self._away) == bool(why):
+    async def _tell(self, name: str, news: bool, why: str = "") -> None:
+        """If it is news, tell that a provider is away, and why, or without a reason that it is back."""
+        if not news:
             return
+        happening = Happening("key_provider.back", f"key provider {name} answers again")
         if why:
-            self._away.add(name)
             happening = Happening("key_provider.unreachable", f"key provider {name} cannot be asked: {why}")
-        else:
-            self._away.discard(name)
-            happening = Happening("key_provider.back", f"key provider {name} answers again")
         async with self._events.transaction() as session:
             self._events.add(session, happening)
         self._wake()
@@ -378,14 +396,3 @@ class Providers:
         async with self._events.reading() as session:
             if await session.get(KeyProviderRow, name) is not None:
                 raise AlreadyExists(f"there is a key provider {name} already", todo="choose another name")
-
-
-def _new_row(name: str, kind: Kind, *, members: Sequence[str], exported_at: float | None) -> KeyProviderRow:
-    return KeyProviderRow(
-        name=name,
-        kind=kind,
-        members=[*members],
-        is_default=False,
-        created_at=time.time(),
-        exported_at=exported_at,
-    )

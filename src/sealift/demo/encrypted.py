@@ -74,7 +74,7 @@ class _Encrypted(Stage):
         self._add_provider()
         say(self.cluster.sealift("key-provider", "list").stdout)
         tested = self.cluster.ask("key-provider", "test", PROVIDER)
-        self.prove("a key was made, activated, read and destroyed on each member", tested["ok"])
+        self.prove("a key was made, activated, read, found and destroyed on each member", tested["ok"])
         step("1. A VM that is encrypted from the start; its guest writes blocks that begin with a secret marker")
         words = command_line(self._secret, memory_mb=FILLED_MB, dirty_mb_s=DIRTY_MB_S, disk=True)
         disk = f'[[disks]]\npath = {json.dumps(str(self._disk))}\nformat = "qcow2"\nsize = "64MiB"\n'

@@ -3,6 +3,12 @@
 The servers of one provider replicate each other, and may lag. So "item not found" from one of them is taken for the
 provider's answer only when those others that can be asked now say nothing else. Any other refusal is the provider's
 answer at once: a server that answers and says no is not asked around.
+
+Of members that failed not long ago at most one is tried in a call, the one that is due first: while all are away, a
+call takes as long as one of them does to fail. Each failure makes a member due later, so that calls go round.
+
+What a server finds for a label is believed only where the key itself says that it has that name: there are servers,
+and proxies before them, that leave out conditions which they do not know, and answer with every key that we may see.
 """
 
 from __future__ import annotations
@@ -31,6 +37,9 @@ from sealift.secret import Secret
 CONNECT_S: Final = 3.0
 ANSWER_S: Final = 5.0
 MAX_MEMBERS: Final = 16
+MAX_LOCATED: Final = 64
+"""A label is one key's, or two's after a failure. Who finds more for it has not looked for it."""
+
 _REMEMBERED: Final = 4096
 _GONE: Final = (KeyState.DESTROYED, KeyState.DESTROYED_COMPROMISED)
 _TELLING: Final = (ProviderImpostor, ProviderRefused, ProviderAnswerInvalid, ProviderUnreachable)
@@ -43,7 +52,7 @@ _Step = Callable[[Link], Awaitable[_T]]
 class KmipProvider:
     """See ``keys.provider.KeyProvider``, which this implements, and the module.
 
-    A call takes at most ``connect_s`` and a few times ``answer_s`` for each member. ``directory`` is what
+    A call takes at most ``connect_s`` and a few times ``answer_s`` for each member that it tries. ``directory`` is what
     ``kmip_trust`` keeps; it is read for each new connection.
     """
 
@@ -194,15 +203,15 @@ class KmipProvider:
         return await self._anywhere(f"{what} key {key_id}", step)
 
     async def _anywhere(self, what: str, step: _Step[_T]) -> _T:
-        """The answer of the first member that has one: those that are well, then those that failed not long ago."""
+        """The answer of the first member that has one: of those that are well, then of the one that is due first."""
         now = asyncio.get_running_loop().time()
-        resting = {member for member in self._members if member.pace.rests(now)}
-        ready = [member for member in self._members if member not in resting]
+        ready = [member for member in self._members if not member.pace.rests(now)]
+        resting = sorted({*self._members}.difference(ready), key=lambda member: member.pace.until)
         missing: list[str] = []
         failures: list[KeyProviderError] = []
         said: list[str] = []
-        for member in ready + sorted(resting, key=lambda member: member.pace.until):
-            if missing and member in resting:
+        for member in ready + resting:
+            if member in resting and (missing or member is not resting[0]):
                 said.append(f"{member.address}: not asked again yet; {member.message}")
                 continue
             try:
@@ -231,15 +240,21 @@ class KmipProvider:
 
 
 async def _find(link: Link, label: str) -> list[tuple[str, KeyState]]:
-    """The keys of that label and their states; one that goes away meanwhile is left out."""
+    """The keys that have that label by their own account, and their states.
+
+    One that goes away meanwhile is left out. Raises ProviderAnswerInvalid for more than ``MAX_LOCATED``.
+    """
     found: list[tuple[str, KeyState]] = []
     try:
         located = await link.ask(kmip.locate(label))
     except KeyMissing:  # some servers say so where others answer with nothing
         return found
+    if len(located) > MAX_LOCATED:
+        raise ProviderAnswerInvalid(f"it finds {len(located)} keys for one label: it does not look for labels")
     for key_id in located:
         try:
-            found.append((key_id, await link.ask(kmip.get_state(key_id))))
+            if label in await link.ask(kmip.get_names(key_id)):
+                found.append((key_id, await link.ask(kmip.get_state(key_id))))
         except KeyMissing:
             continue
     return found

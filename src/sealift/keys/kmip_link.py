@@ -192,6 +192,8 @@ async def connect(address: Address, trust: Trust, *, connect_s: float, answer_s:
         raise _tls_failure(failure) from None
     except OSError as failure:
         raise ProviderUnreachable(f"no connection: {_why(failure)}") from None
+    except ValueError:  # UnicodeError of a host name that no resolver can be asked for, as with a label over 63 bytes
+        raise ProviderUnreachable("no connection: its host name is not valid", todo=_RENAME) from None
     link = Link(stream, answer_s)
     try:
         certificate = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
@@ -210,6 +212,7 @@ def _why(failure: OSError) -> str:
     return os.strerror(failure.errno)  # asyncio's own text repeats the address
 
 
+_RENAME = "remove the key provider and add it again with the server's right name"
 _LOOK = "see who answers at that address; if the server has a new certificate, add the key provider anew"
 
 

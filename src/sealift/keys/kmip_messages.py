@@ -234,6 +234,25 @@ def get_state(key_id: str) -> Call[KeyState]:
     return Call(Operation.GET_ATTRIBUTES, payload, read)
 
 
+def get_names(key_id: str) -> Call[list[str]]:
+    """The names that it has (section 4.12), those of them that are plain text (section 3.2); perhaps none."""
+
+    def read(payload: Item) -> list[str]:
+        _same_key(payload, key_id)
+        names: list[str] = []
+        for attribute in _all(payload, Tag.ATTRIBUTE, ItemType.STRUCTURE):
+            if _one(attribute, Tag.ATTRIBUTE_NAME, ItemType.TEXT_STRING).value != "Name":
+                raise _invalid("it tells another attribute than the key's name")
+            value = _one(attribute, Tag.ATTRIBUTE_VALUE, ItemType.STRUCTURE)
+            name = _one(value, Tag.NAME_VALUE, ItemType.TEXT_STRING).value
+            if _number(value, Tag.NAME_TYPE, ItemType.ENUMERATION) == _UNINTERPRETED_TEXT:
+                names.append(str(name))
+        return names
+
+    payload = (text(Tag.UNIQUE_IDENTIFIER, key_id), text(Tag.ATTRIBUTE_NAME, "Name"))
+    return Call(Operation.GET_ATTRIBUTES, payload, read)
+
+
 def activate(key_id: str) -> Call[None]:
     """Make a pre-active key active (section 4.19)."""
     return _change(Operation.ACTIVATE, key_id)

@@ -99,7 +99,7 @@ async def remove(controller: Controller, name: Caller, provider: str, force: boo
 
 @router.post("/{provider}/test")
 async def test(controller: Controller, name: Caller, provider: str) -> KeyProviderTested:
-    """Make, activate, read and destroy a key on every member."""
+    """Make, activate, read, find and destroy a key on every member."""
     ok, steps = await controller.providers.test(provider, asked_by=name)
     return KeyProviderTested(ok=ok, steps=[TestStep(**vars(step)) for step in steps])
 
