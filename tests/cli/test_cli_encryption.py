@@ -10,6 +10,11 @@ import pytest
 import structlog
 
 from doubles.vault import failing, straight, stuck
+from sealift.api.encryption import Rekeyed
+from sealift.cli.credentials import load
+from sealift.client import Client
+from sealift.client.connection import ANSWER_S
+from sealift.client.encryption import REKEY_MANY_S, EncryptedVms
 from sealift.domain.conversion import DiskFacts
 from sealift.errors import Conflict
 from support.command_line import CommandLine
@@ -200,6 +205,55 @@ def test_all_vms_of_a_provider_are_moved_to_another(
     sealift.says("key-provider", "remove", "attic")
 
 
+def test_a_rekey_whose_host_did_not_answer_is_told_from_one_that_failed(
+    encrypted: str, deployment: Deployment, sealift: CommandLine
+) -> None:
+    add_provider(deployment, sealift, "attic")
+    deployment.a.vault.drop = {"file"}
+    try:
+        result = sealift("vm", "rekey", "--from", "safe", "--to", "attic")
+        other = sealift("vm", "rekey", "--from", "safe", "--to", "attic", "--json")
+    finally:
+        deployment.a.vault.drop = set()
+    assert result.exit_code == 5, result.output
+    assert result.stdout.splitlines()[1].split()[:3] == ["web", "UNDER", "WAY"]
+    assert "the rekey of VM web is under way" in result.stderr
+    assert "not rekeyed" not in result.stderr
+    assert "sealift conversion list" in result.stderr
+    assert other.exit_code == 7, "no second one is begun meanwhile"
+    assert [one["error_slug"] for one in json.loads(other.stdout)] == ["conflict"]
+    newest = sealift.json("conversion", "list")[0]
+    sealift.says("conversion", "watch", newest["id"])
+    assert sealift.json("vm", "show", encrypted)["encryption"]["provider"] == "attic"
+    sealift.says("vm", "rekey", encrypted, "--provider", "safe")
+    sealift.says("key-provider", "remove", "attic")
+
+
+def test_a_host_that_did_not_answer_before_anything_was_begun_has_failed(
+    encrypted: str, deployment: Deployment, sealift: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what has a record is under way."""
+    lost = Rekeyed(vm=encrypted, old_provider="safe", old_key_id="k", error_slug="host_unreachable", error="gone")
+    monkeypatch.setattr(EncryptedVms, "rekey_many", lambda self, source, target: [lost])
+    result = sealift("vm", "rekey", "--from", "safe", "--to", "safe")
+    assert result.exit_code == 7
+    assert result.stdout.splitlines()[1].split()[:3] == ["web", "FAILED", "[host_unreachable]"]
+
+
+def test_the_answer_about_many_vms_may_take_longer_than_others(
+    deployment: Deployment, sealift: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(sealift.home))
+    waits: dict[str, float] = {}
+    with Client(load()) as client:
+        hooks = client._connection.http.event_hooks
+        hooks["request"] = [lambda request: waits.update({request.url.path: request.extensions["timeout"]["read"]})]
+        client._connection.http.event_hooks = hooks
+        client.rekey_many("safe", "safe")
+        client.settings()
+    assert waits == {"/api/v1/rekey": REKEY_MANY_S, "/api/v1/settings": ANSWER_S}
+
+
 def test_a_vm_is_made_encrypted(deployment: Deployment, sealift: CommandLine) -> None:
     made = sealift("vm", "create", "-", "--host", "a", "--encrypt", "--provider", "safe", stdin=VM)
     assert made.exit_code == 0, made.output
@@ -233,7 +287,8 @@ def test_a_vm_whose_provider_is_gone_locks_and_says_why(
     with terminal(sealift, "events", "--follow") as shown:
         shown.until(r"vm\.rekeyed.*attic")
         said = sealift.says("key-provider", "remove", "attic", "--force")
-        assert "These VMs are locked from now on: web." in said
+        assert "The keys of these VMs cannot be fetched any more: web." in said
+        assert "They lock when the agent of their host is restarted" in said
         shown.until(r"vm\.locked.*attic")
     found = sealift.json("vm", "show", encrypted)["encryption"]
     row = sealift.says("vm", "list").splitlines()[1]

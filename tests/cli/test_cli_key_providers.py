@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -136,8 +139,37 @@ def test_an_own_passphrase_is_not_shown(deployment: Deployment, sealift: Command
     words = ("key-provider", "export", "safe", "--output", str(path), "--passphrase", "-", "--json")
     done = sealift(*words, stdin=f"{PASSPHRASE}\n")
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout) == {"provider": "safe", "file": str(path), "passphrase": "", "counts": True}
+    assert json.loads(done.stdout) == {"provider": "safe", "file": str(path), "passphrase": ""}
     assert PASSPHRASE not in done.output
+
+
+def test_no_export_counts_whose_words_nobody_could_see(
+    deployment: Deployment, sealift: CommandLine, tmp_path: Path
+) -> None:
+    sealift.says("key-provider", "add", "safe", "--kind", "native")
+    for json_too in ([], ["--json"]):
+        path = tmp_path / f"safe{len(json_too)}.age"
+        words = ["key-provider", "export", "safe", "--output", str(path), *json_too]
+        reader, writer = os.pipe()
+        os.close(reader)  # as after `| head -0`
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", "from sealift.cli.main import cli, run; run(cli)", *words],
+                env={**os.environ, "XDG_CONFIG_HOME": str(sealift.home)},
+                stdout=writer,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        finally:
+            os.close(writer)
+        assert done.returncode == 1, done.stderr
+        assert path.exists()
+        assert sealift.json("key-provider", "show", "safe")["state"] == "not_exported"
+    path = tmp_path / "safe.age"
+    told = sealift.json("key-provider", "export", "safe", "--output", str(path))
+    assert (told["file"], len(re.split("[ -]", told["passphrase"]))) == (str(path), 8)
+    assert sealift.json("key-provider", "show", "safe")["state"] == "ok"
 
 
 def test_a_weak_passphrase_is_asked_for_twice_and_refused_unseen(

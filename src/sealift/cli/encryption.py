@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -10,7 +10,7 @@ import click
 from sealift.cli.credentials import connect
 from sealift.cli.following import Interrupts
 from sealift.cli.output import Output, json_option, pass_output
-from sealift.errors import EncryptionError, InvalidInput
+from sealift.errors import EncryptionError, HostUnreachable, InvalidInput
 
 if TYPE_CHECKING:
     from sealift.api.encryption import Conversion, Rekeyed
@@ -130,27 +130,45 @@ def rekey(
 def _rekey_many(output: Output, source: str, target: str) -> None:
     with connect() as client:
         became = client.rekey_many(source, target)
-    if output.json:
-        output.document(became)
-    elif not became:
+        if output.json:
+            output.document(became)
+        under_way = _under_way(client, became)
+    if not output.json and not became:
         output.say(f"No VM has its key at key provider {source}.")
-    else:
-        output.table(("VM", "RESULT", "OLD KEY", "NEW KEY", "MESSAGE"), (_row(one) for one in became))
-    failed = [one for one in became if one.error_slug]
+    elif not output.json:
+        output.table(("VM", "RESULT", "OLD KEY", "NEW KEY", "MESSAGE"), (_row(one, under_way) for one in became))
+    failed = [one for one in became if one.error_slug and one.vm not in under_way]
+    waits = ""
+    if under_way:
+        vms = ", ".join(sorted(under_way))
+        waits = f"the rekey of VM {vms} is under way: its host did not answer, and it settles by itself once it does"
     if failed:
         for todo in dict.fromkeys(one.todo for one in failed if one.todo):
             output.say(f"  -> {todo}")
         raise EncryptionError(
-            f"{len(failed)} of {len(became)} VMs were not rekeyed and still have their key at key provider {source}",
+            f"{len(failed)} of {len(became)} VMs were not rekeyed and still have their key at key provider {source}"
+            + (f"; {waits}" if waits else ""),
             todo=f"do what is said above, then run `sealift vm rekey --from {source} --to {target}` again",
         )
+    if waits:
+        raise HostUnreachable(waits, todo="`sealift conversion list` shows it")
     if became:
         output.say(f"Old copies of these VMs' configuration files are still opened by the old keys at {source}.")
         output.say(f"Leave {source} in place while you need such copies, as from a backup.")
 
 
-def _row(one: Rekeyed) -> tuple[str, ...]:
+def _under_way(client: Client, became: Sequence[Rekeyed]) -> frozenset[str]:
+    """The VMs whose host was given a new file and did not answer: they are neither rekeyed nor not rekeyed yet."""
+    silent = frozenset(one.vm for one in became if one.error_slug == HostUnreachable.slug)
+    if not silent:
+        return silent
+    return silent & {one.vm_name for one in client.conversions() if one.kind == "rekey" and not one.finished}
+
+
+def _row(one: Rekeyed, under_way: frozenset[str]) -> tuple[str, ...]:
     result = f"FAILED [{one.error_slug}]" if one.error_slug else "rekeyed"
+    if one.vm in under_way:
+        result = "UNDER WAY"
     return one.vm, result, one.old_key_id, one.key_id, one.error
 
 

@@ -162,7 +162,7 @@ def _tell_added(output: Output, made: KeyProviderAdded) -> None:
         output.say(f"  sealift key-provider certificate {found.name} FILE")
     elif found.client_certificate:
         output.block(found.client_certificate)
-        output.say("Install this certificate at each server as that of a client who may make, read and destroy keys.")
+        output.say("Install this certificate at each server, for a client who may make, read, find and destroy keys.")
         output.say(f"Then see that it works: `sealift key-provider test {found.name}`")
     elif found.state == "not_exported":
         output.say("It must be exported before the first VM may use it:")
@@ -234,7 +234,7 @@ def show(output: Output, name: str) -> None:
 @json_option
 @pass_output
 def test(output: Output, name: str) -> None:
-    """Make a key, activate, read and destroy it, on every server."""
+    """Make a key, activate, read, find and destroy it, on every server."""
     with connect() as client:
         found = client.test_key_provider(name)
     if output.json:
@@ -285,11 +285,15 @@ def certificate(output: Output, name: str, file: TextIO) -> None:
 
 @key_provider.command()
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Also while VMs have their keys there: they lock.")
+@click.option("--force", is_flag=True, help="Also while VMs have their keys there: they will lock.")
 @json_option
 @pass_output
 def remove(output: Output, name: str, force: bool) -> None:
-    """Forget a key provider. A native one is gone with it, unless you have its export."""
+    """Forget a key provider. A native one is gone with it, unless you have its export.
+
+    With --force VMs that have their keys there lock when the agent of their host is restarted: until then the host has
+    their keys in memory. Those that run go on.
+    """
     with connect() as client:
         found = client.remove_key_provider(name, force=force)
     if output.json:
@@ -299,8 +303,9 @@ def remove(output: Output, name: str, force: bool) -> None:
     if found.lost:
         output.say(f"{found.lost}.")
     if found.locks:
-        output.say(f"These VMs are locked from now on: {', '.join(found.locks)}.")
-        output.say("Once a provider with their keys is back under that name, they unlock by themselves.")
+        output.say(f"The keys of these VMs cannot be fetched any more: {', '.join(found.locks)}.")
+        output.say("They lock when the agent of their host is restarted, which has their keys in memory until then;")
+        output.say("those that run go on. Once a provider with their keys is back under that name, they unlock again.")
 
 
 @key_provider.command()
@@ -316,15 +321,18 @@ def remove(output: Output, name: str, force: bool) -> None:
 def export(output: Output, name: str, path: Path, passphrase: str | None) -> None:
     """Export a native key provider into a new file, sealed under a passphrase.
 
-    It counts as exported only once the file was read back from the disk and opened.
+    It counts as exported only once the file was read back from the disk and opened, and if so the command exits with 0.
+    Words that were drawn are printed before that, with --json too: no export counts whose words nobody could see.
     """
     export_file.check_free(path)
     chosen = passphrases.read(passphrase, again=True) if passphrase is not None else None
     with connect() as client:
         made = client.export_key_provider(name, chosen)
         export_file.write(path, made.file)
-        if made.passphrase and not output.json:
-            # Shown before it counts: were it the other way round, it could count with nobody able to open it.
+        # Shown, and flushed, before it counts: else it could count with nobody able to open it.
+        if output.json:
+            output.values(provider=name, file=str(path), passphrase=made.passphrase)
+        elif made.passphrase:
             click.echo(made.passphrase)
             output.say(
                 f"These words open {path}. They are shown once and kept nowhere: write them down, apart from it."
@@ -332,14 +340,10 @@ def export(output: Output, name: str, path: Path, passphrase: str | None) -> Non
         try:
             _confirm(client, name, path, chosen or _secret(made.passphrase))
         except SealiftError as error:
-            if output.json:
-                output.values(provider=name, file=str(path), passphrase=made.passphrase, counts=False)
             raise type(error)(
                 f"{path} is written, but it was not confirmed that it can be opened: {error.what}",
                 todo=f"if `sealift key-provider show {name}` does not say exported, remove {path} and export it again",
             ) from error
-    if output.json:
-        output.values(provider=name, file=str(path), passphrase=made.passphrase, counts=True)
     output.say(f"Key provider {name} is exported: {path} was read back from the disk and could be opened.")
     output.say("Keep the file where the loss of this controller does not reach it.")
 

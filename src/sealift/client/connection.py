@@ -98,9 +98,11 @@ class Connection:
         path: str,
         body: BaseModel | None = None,
         params: Params = None,
+        *,
+        answer_s: float = ANSWER_S,
     ) -> _Answer:
-        """One request; its answer as ``kind``, which may be a model or a list of models."""
-        response = self._send(method, path, body, params)
+        """One request; its answer as ``kind``, a model or a list of models, waited for at most ``answer_s``."""
+        response = self._send(method, path, body, params, answer_s)
         try:
             return TypeAdapter(kind).validate_json(response.content)
         except ValidationError:
@@ -111,13 +113,20 @@ class Connection:
 
     def tell(self, method: str, path: str, body: BaseModel | None = None, params: Params = None) -> None:
         """One request whose answer says nothing."""
-        self._send(method, path, body, params)
+        self._send(method, path, body, params, ANSWER_S)
 
-    def _send(self, method: str, path: str, body: BaseModel | None, params: Params) -> httpx2.Response:
+    def _send(self, method: str, path: str, body: BaseModel | None, params: Params, answer_s: float) -> httpx2.Response:
         content = encoded(body) if body else None
         headers = {"Content-Type": "application/json"} if body else {}
         try:
-            response = self.http.request(method, path, content=content, headers=headers, params=params)
+            response = self.http.request(
+                method,
+                path,
+                content=content,
+                headers=headers,
+                params=params,
+                timeout=httpx2.Timeout(answer_s, connect=CONNECT_S),
+            )
         except httpx2.TransportError as error:
             raise self.broken(error) from error
         if not response.is_success:

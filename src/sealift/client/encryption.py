@@ -15,6 +15,9 @@ from sealift.client.connection import Connection
 from sealift.domain.vm import check_name
 from sealift.secret import Secret
 
+REKEY_MANY_S = 3600.0
+"""Longest wait for the answer about all VMs of a key provider, each of which asks a host and two providers."""
+
 
 def _hidden(secret: Secret) -> SecretStr:
     """A passphrase or private key (UTF-8) for the body of a request."""
@@ -54,7 +57,7 @@ class KeyProviders(_Part):
         return self._connection.ask(wire.KeyProvider, "PATCH", _provider(name), change)
 
     def test_key_provider(self, name: str) -> wire.KeyProviderTested:
-        """Make, activate, read and destroy a key on every member."""
+        """Make, activate, read, find and destroy a key on every member."""
         return self._connection.ask(wire.KeyProviderTested, "POST", f"{_provider(name)}/test")
 
     def remove_key_provider(self, name: str, *, force: bool) -> wire.KeyProviderRemoved:
@@ -93,11 +96,14 @@ class EncryptedVms(_Part):
         return self._connection.ask(wire.Conversion, "POST", f"{_vm(name)}/rekey", wish)
 
     def rekey_many(self, source: str, target: str) -> list[wire.Rekeyed]:
-        """Give a new key at provider ``target`` to every VM whose key is at ``source``; what became of each."""
+        """Give a new key at provider ``target`` to every VM whose key is at ``source``; what became of each.
+
+        That may take long, see ``REKEY_MANY_S``.
+        """
         wish = wire.RekeyManyRequest(
             source=check_name("key provider", source), target=check_name("key provider", target)
         )
-        return self._connection.ask(list[wire.Rekeyed], "POST", "rekey", wish)
+        return self._connection.ask(list[wire.Rekeyed], "POST", "rekey", wish, answer_s=REKEY_MANY_S)
 
     def restore_config(self, name: str) -> Vm:
         """Put back the last authentic copy of an encrypted VM's configuration file; raises Conflict, VmLocked."""
