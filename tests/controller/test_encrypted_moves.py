@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from sealift.controller import run
+from sealift.controller.ledger import Ledger
 from sealift.controller.models import MigrationRow, VmRow
+from sealift.controller.planning import Planned, make_plan
 from sealift.domain.move import Role
 from sealift.domain.policy import MigrateEncryption
 from support.encrypted_world import World, with_world
@@ -118,6 +124,36 @@ def test_a_tampered_vm_does_not_move(tmp_path: Path) -> None:
         assert not world.a.orders + world.b.orders
 
     with_world(tmp_path, story)
+
+
+def test_a_plan_that_cannot_be_recorded_leaves_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Planned] = []
+
+    async def seen(*arguments: Any, **words: Any) -> Planned:
+        planned.append(await make_plan(*arguments, **words))
+        return planned[-1]
+
+    step, broken = Ledger.step, True
+
+    async def broken_at_first(self: Ledger, *arguments: Any, **words: Any) -> MigrationRow:
+        nonlocal broken
+        if broken:
+            broken = False
+            raise OSError("the disk of the database is full")
+        return await step(self, *arguments, **words)
+
+    async def story(world: World) -> None:
+        await world.encrypted(running=True)
+        monkeypatch.setattr(run, "make_plan", seen)
+        monkeypatch.setattr(Ledger, "step", broken_at_first)
+        assert (await move(world, "b")).state == "failed"
+
+    with_world(tmp_path, story)
+    [plan] = planned
+    assert len(plan.deks) == 2
+    for dek in plan.deks.values():
+        with pytest.raises(ValueError, match="wiped"):
+            dek.reveal()
 
 
 def test_one_that_only_its_host_knows_to_be_encrypted_does_not_move(tmp_path: Path) -> None:

@@ -103,7 +103,11 @@ class Run:
                 event, told = Event.PLAN_ACCEPTED, ("migration.plain", text)
             case Sealed(_, reason):
                 event, told = Event.PLAN_ACCEPTED, ("migration.sealed", f"{route} moves sealed: {reason}")
-        await watch.step(event, fields=fields, happening=told)
+        try:
+            await watch.step(event, fields=fields, happening=told)
+        except BaseException:
+            wipe(planned.deks)
+            raise
         return None if event is Event.PLAN_REFUSED else planned
 
     async def _prepare(self, planned: Planned) -> None:
