@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from sealift.controller import inventory
+from sealift.controller.link import AgentLink
+from sealift.domain.vm import VmStatus
 from sealift.errors import HostUnreachable
+from sealift.keys.bundle import Verdict
+from sealift.keys.native import NativeProvider
+from sealift.keys.provider import ProviderHealth
 from sealift.secret import Secret
 from support.age import cheap_export
 from support.controllers import FAST
@@ -133,24 +141,150 @@ def test_a_host_that_does_not_answer_is_no_reason_to_lock(tmp_path: Path) -> Non
     with_world(tmp_path, story)
 
 
+async def rekeyed(world: World) -> None:
+    """vm1 has another file."""
+    await world.rekey()
+
+
+async def decrypted(world: World) -> None:
+    """vm1 has none."""
+    await world.finished(await world.decrypt())
+
+
+@pytest.mark.parametrize("order", [rekeyed, decrypted])
+def test_an_order_that_comes_between_two_looks_is_nobodys_attack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Callable[[World], Awaitable[None]]
+) -> None:
+    """The controller's row was read before it, and the host was asked after it."""
+
+    async def story(world: World) -> None:
+        vms = AgentLink.vms
+
+        async def after_it(self: AgentLink) -> list[VmStatus]:
+            patched.undo()
+            await order(world)
+            return await vms(self)
+
+        await world.encrypted()
+        with monkeypatch.context() as patched:
+            patched.setattr(AgentLink, "vms", after_it)
+            await world.services.keeper.look()
+        assert not await world.happened("vm.tampered")
+        await world.services.keeper.look()
+        assert not await world.happened("vm.tampered")
+        if order is decrypted:
+            await world.finished(await world.encrypt())
+        with monkeypatch.context() as patched:
+            patched.setattr(AgentLink, "vms", after_it)
+            [seen] = await world.services.inventory.vms()
+        assert seen.file is None, "it is not judged"
+
+    with_world(tmp_path, story)
+
+
+def test_a_vm_that_is_being_rekeyed_is_neither_locked_nor_unlocked(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted()
+        world.a.vault.lose = {"file"}
+        with pytest.raises(HostUnreachable):
+            await world.rekey()
+        world.a.vault.restart()
+        await world.away()
+        await world.services.keeper.look()
+        assert not await world.happened("vm.locked")
+        world.a.vault.lose = set()
+        await world.finished((await world.services.conversions.all())[0])
+        await world.services.keeper.look()
+        assert (await world.happened("vm.locked"))[0].vm == "vm1"
+        await world.back()
+        await world.services.keeper.look()
+        assert await world.happened("vm.unlocked")
+        assert vm in world.a.vault.held
+
+    with_world(tmp_path, story)
+
+
+class Broken(NativeProvider):
+    """A key provider whose health cannot be told, by a defect; or whose keys take for ever."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        super().__init__(name, directory)
+        self.probed, self.hangs = asyncio.Event(), False
+
+    async def probe(self) -> ProviderHealth:
+        self.probed.set()
+        raise RuntimeError("a defect")
+
+    async def get(self, key_id: str) -> Secret:
+        if self.hangs:
+            await asyncio.Event().wait()
+        return await super().get(key_id)
+
+
+async def broken(world: World) -> Broken:
+    """The provider ``home`` from now on."""
+    await world.services.providers.close()
+    found = Broken("home", world.state / "providers" / "home")
+    world.services.providers._opened["home"] = found
+    return found
+
+
+def test_a_defect_that_it_meets_at_a_provider_keeps_it_from_no_vm(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.encrypted()
+        provider = await broken(world)
+        held = dict(world.a.vault.held)
+        for _ in range(2):
+            async with asyncio.timeout(10):
+                await provider.probed.wait()
+            provider.probed.clear()
+            world.a.vault.restart()
+            await world.a.vault.until(lambda: world.a.vault.held == held)
+
+    with_world(tmp_path, story, pace=EAGER)
+
+
+def test_a_list_of_vms_does_not_wait_for_a_provider_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory, "JUDGE_S", 0.2)
+
+    async def story(world: World) -> None:
+        for name in ("vm1", "vm2", "vm3"):
+            vm = await world.encrypted(name)
+            world.a.vault.files[vm] = world.a.vault.files[vm].replace(b"vcpus = 1", b"vcpus = 2")
+        provider = await broken(world)
+        provider.hangs = True
+        async with asyncio.timeout(5):
+            seen = await world.services.inventory.vms()
+        assert {each.file.verdict for each in seen if each.file} == {Verdict.LOCKED}
+        assert "not had in time" in (await world.sight()).message
+        provider.hangs = False
+        await world.services.keeper.look()
+        provider.hangs = True
+        assert {(await world.sight(name)).state for name in ("vm1", "vm2", "vm3")} == {"tampered"}
+
+    with_world(tmp_path, story)
+
+
 def test_it_does_not_come_between_other_orders(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await world.encrypted()
         world.a.vault.restart()
-        inventory = world.services.inventory
-        async with inventory.turn("vm1") as (row, _):
+        vms = world.services.inventory
+        async with vms.turn("vm1") as (row, _):
             await world.services.keeper.look()
             assert not world.a.vault.handed_out
-            async with inventory.between_orders(row) as same:
+            async with vms.between_orders(row) as same:
                 assert not same
-        async with inventory.between_orders(row) as same:
+        async with vms.between_orders(row) as same:
             assert same
-            waiting = asyncio.create_task(inventory.start_vm("vm1", asked_by="ann"))
+            waiting = asyncio.create_task(vms.start_vm("vm1", asked_by="ann"))
             await asyncio.sleep(0.05)
             assert not waiting.done()  # it waits instead of being refused
         assert (await waiting).status is not None
         row.fence -= 1
-        async with inventory.between_orders(row) as same:
+        async with vms.between_orders(row) as same:
             assert not same
 
     with_world(tmp_path, story)

@@ -84,10 +84,8 @@ def vm_encryption(seen: SeenVm) -> VmEncryption:
         message = f"{_TAMPERED[verdict].format(host=seen.host)}; `sealift vm restore-config {row.name}` sees to it"
     elif verdict is Verdict.LOCKED:
         state = "locked"
-        message = (
-            f"its configuration file on host {seen.host} is not the last one written; key {row.key_id} of key provider "
-            f"{row.provider}, which would tell why, cannot be had"
-        )
+        why = "; ".join(seen.file.lines) if seen.file else ""
+        message = f"its configuration file on host {seen.host} is not the last one written; {why}"
     elif row.lock_reason and (seen.status is None or seen.status.state in (VmState.STOPPED, VmState.CRASHED)):
         state, message = "locked", row.lock_reason
     return VmEncryption(
@@ -97,7 +95,7 @@ def vm_encryption(seen: SeenVm) -> VmEncryption:
         generation=row.generation,
         state=state,
         message=message,
-        lines=list(seen.file.lines) if seen.file else [],
+        lines=list(seen.file.lines) if seen.file and verdict in _TAMPERED else [],
     )
 
 

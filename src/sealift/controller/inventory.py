@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from uuid import UUID
 
@@ -17,10 +17,14 @@ from sealift.controller.models import ConversionRow, HostRow, MigrationRow, VmRo
 from sealift.controller.new_vm import CONFIG, new_vm, parse_new, require_new
 from sealift.controller.sights import SeenHost, SeenVm
 from sealift.controller.unlocking import ready_to_start
-from sealift.controller.vm_keys import VmKeys, file_on_host
+from sealift.controller.vm_keys import VmKeys, cannot_tell, file_on_host
 from sealift.domain.policy import Capability, MigrateEncryption
 from sealift.domain.vm import VmState, VmStatus, check_name
 from sealift.errors import Conflict, NotFound, SealiftError, Unreachable
+from sealift.keys.bundle import Judgement, Verdict
+
+JUDGE_S = 2.0
+"""How long whoever looks at VMs waits for the keys that would tell what became of their configuration files."""
 
 
 class Inventory:
@@ -136,26 +140,65 @@ class Inventory:
         answers = await asyncio.gather(*(self.link(hosts[host]).vms() for host in wanted), return_exceptions=True)
         async with self._events.reading() as session:
             unfinished = select(ConversionRow).where(ConversionRow.finished_at.is_(None))
-            conversions = {row.vm: row.id for row in await session.scalars(unfinished)}
+            conversions = {row.vm: row for row in await session.scalars(unfinished)}
+            # Those that an order changed while their hosts were asked: of them two things of two times are known.
+            again = select(VmRow).where(VmRow.uuid.in_([row.uuid for row in rows]))
+            now = {row.uuid: _orders_key(row) for row in await session.scalars(again)}
+        changed = {row.uuid for row in rows if now.get(row.uuid) != _orders_key(row)}
         reports: dict[UUID, list[VmStatus] | SealiftError] = {}
         for host, answer in zip(wanted, answers, strict=True):
             if isinstance(answer, BaseException) and not isinstance(answer, SealiftError):
                 raise answer
             reports[host] = answer
-        seen = []
+        found: list[tuple[VmRow, VmStatus | None, str]] = []
         for row in rows:
-            report, status, error = reports[row.host], None, ""
-            name = hosts[row.host].name
+            report, name = reports[row.host], hosts[row.host].name
             if isinstance(report, SealiftError):
-                error = str(report)
+                found.append((row, None, str(report)))
+                continue
+            status = next((status for status in report if status.uuid == row.uuid), None)
+            found.append((row, status, "" if status else f"host {name} does not know this VM"))
+        files = await self._judge(
+            [(row, file_on_host(status)) for row, status, _ in found if status and row.uuid not in changed], conversions
+        )
+        return [
+            SeenVm(
+                row,
+                hosts[row.host].name,
+                status.config if status else CONFIG.validate_python(row.config),
+                status,
+                error,
+                files.get(row.uuid),
+                self.keys.notes.get(row.uuid, ""),
+                conversions[row.uuid].id if row.uuid in conversions else None,
+            )
+            for row, status, error in found
+        ]
+
+    async def _judge(
+        self, found: Sequence[tuple[VmRow, bytes]], conversions: Mapping[UUID, ConversionRow]
+    ) -> dict[UUID, Judgement]:
+        """What to think of the configuration files of encrypted VMs, without waiting long for anybody's keys.
+
+        The keeper asks too, and waits; so what is not known in time is known later.
+        """
+        judged: dict[UUID, Judgement] = {}
+        asked: dict[asyncio.Task[Judgement], VmRow] = {}
+        for row, file in found:
+            if not row.encrypted:
+                continue
+            conversion = conversions.get(row.uuid)
+            if conversion is not None and file == conversion.after_file:
+                judged[row.uuid] = Judgement(Verdict.OK, ())  # its host is ahead of the record
+            elif (known := self.keys.judged(row, file)) is not None:
+                judged[row.uuid] = known
             else:
-                status = next((status for status in report if status.uuid == row.uuid), None)
-                error = "" if status else f"host {name} does not know this VM"
-            config = status.config if status else CONFIG.validate_python(row.config)
-            file = await self.keys.judge(row, file_on_host(status)) if row.encrypted and status else None
-            note = self.keys.notes.get(row.uuid, "")
-            seen.append(SeenVm(row, name, config, status, error, file, note, conversions.get(row.uuid)))
-        return seen
+                asked[asyncio.create_task(self.keys.judge(row, file))] = row
+        if asked:
+            await _within(asked, JUDGE_S)
+        for task, row in asked.items():
+            judged[row.uuid] = cannot_tell(row, "was not had in time") if task.cancelled() else task.result()
+        return judged
 
     async def create_vm(self, host: str, text: str, *, asked_by: str) -> SeenVm:
         """Define a VM on a host from its TOML file; raises InvalidInput, NotFound, AlreadyExists."""
@@ -299,6 +342,16 @@ class Inventory:
             return (await self.link(host).vm(vm)).state
         except NotFound:
             return None
+
+
+async def _within(tasks: Collection[asyncio.Task[Judgement]], seconds: float) -> None:
+    """Wait for tasks until they are done, or cancelled after so long."""
+    try:
+        await asyncio.wait(tasks, timeout=seconds)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _require_idle(session: AsyncSession, row: VmRow) -> None:

@@ -72,12 +72,15 @@ class Keeper:
         while True:
             changed = self._providers.changed  # taken before the look, so that nothing slips in between
             try:
-                if time.monotonic() - probed >= self._probe_s:
-                    await self.probe()
-                    probed = time.monotonic()
                 await self.look()
             except Exception:
-                log.exception("the keeper met something unexpected")
+                log.exception("the keeper met something unexpected when it looked at VMs")
+            if time.monotonic() - probed >= self._probe_s:
+                try:
+                    await self.probe()
+                except Exception:
+                    log.exception("the keeper met something unexpected when it asked key providers")
+                probed = time.monotonic()
             try:
                 async with asyncio.timeout(self._every_s):
                     await changed.wait()
@@ -120,6 +123,11 @@ class Keeper:
             return {}  # nothing is known of its VMs, so nothing is said of them
 
     async def _keep(self, placed: _Placed) -> None:
+        """See that a VM's host has its keys, and what is to be said of it.
+
+        Its row and its host's answer may be of two times, before and after an order of ours. So nothing is said of a VM
+        that has changed since or is being changed; the next round sees what that left.
+        """
         vm, status = placed.vm, placed.status
         runs = status.state in RUNS
         try:
@@ -127,22 +135,28 @@ class Keeper:
             if file.verdict is Verdict.OK:
                 self._keys.told.pop(vm.uuid, None)
             elif file.verdict is not Verdict.LOCKED:
-                await tell_tampered(self._keys, self._events, vm, placed.host.name, file)
+                async with self._inventory.between_orders(vm) as same:
+                    if not same:
+                        return
+                    await tell_tampered(self._keys, self._events, vm, placed.host.name, file)
             if not holds_all(vm, status) and not await self._hand_out(placed):
-                return  # an order came in between; the next round sees what it left
+                return  # an order came in between
         except EncryptionError as error:
-            if runs:
-                # It goes on with the keys that its QEMU has; only moving it back here would need more.
-                self._keys.notes[vm.uuid] = f"host {placed.host.name} has lost its keys: {error.what}"
-            else:
-                await self._lock(vm, error)
+            async with self._inventory.between_orders(vm) as same:
+                if same and runs:
+                    # It goes on with the keys that its QEMU has; only moving it back here would need more.
+                    self._keys.notes[vm.uuid] = f"host {placed.host.name} has lost its keys: {error.what}"
+                elif same:
+                    await self._lock(vm, error)
             return
         except SealiftError as error:
             log.info("keys could not be handed out", vm=vm.name, host=placed.host.name, error=str(error))
             return
         self._keys.notes.pop(vm.uuid, None)
         if vm.lock_reason:
-            await self._unlock(placed)
+            async with self._inventory.between_orders(vm) as same:
+                if same:
+                    await self._unlock(placed)
 
     async def _hand_out(self, placed: _Placed) -> bool:
         vm = placed.vm

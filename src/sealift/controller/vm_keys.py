@@ -15,7 +15,7 @@ from sealift.controller.models import VmRow
 from sealift.controller.new_vm import CONFIG
 from sealift.domain.deks import DEK_BYTES, Deks, wipe
 from sealift.domain.vm import VmConfig, VmStatus
-from sealift.errors import BundleInvalid, UnwrapFailed, VmLocked, VmTampered
+from sealift.errors import BundleInvalid, KeyMissing, UnwrapFailed, VmLocked, VmTampered
 from sealift.keys import bundle, envelope
 from sealift.keys.bundle import Bundle, Judgement, Verdict, WrappedDek
 from sealift.keys.provider import KeyState
@@ -135,32 +135,44 @@ class VmKeys:
         finally:
             kek.wipe()
 
-    async def judge(self, row: VmRow, file: bytes) -> Judgement:
-        """What to think of a configuration file that a host has; the KEK is asked for only if its bytes differ."""
+    def judged(self, row: VmRow, file: bytes) -> Judgement | None:
+        """What is known of a configuration file that a host has without asking for a key; None when nothing is."""
         last = own_file(row)
         if file == last or not file:
             return bundle.judge(file, last, None)
-        seen = hashlib.sha256(file).digest(), hashlib.sha256(last).digest()
-        if seen not in self._judged:
-            try:
-                kek, _ = await self.kek(row)
-            except VmLocked:
-                return bundle.judge(file, last, None)
-            try:
-                found = bundle.judge(file, last, kek)
-            finally:
-                kek.wipe()
-            if found.verdict is Verdict.TAMPERED:
-                found = await self._under_its_own_kek(row, file, last) or found
+        return self._judged.get(_pair(file, last))
+
+    async def judge(self, row: VmRow, file: bytes) -> Judgement:
+        """What to think of a configuration file that a host has; the KEK is asked for only if its bytes differ.
+
+        Where the verdict is LOCKED, its one line says which key cannot be had; the next time that one is asked for
+        again.
+        """
+        known = self.judged(row, file)
+        if known is not None:
+            return known
+        last = own_file(row)
+        try:
+            kek, _ = await self.kek(row)
+        except VmLocked:
+            return cannot_tell(row, "cannot be had")
+        try:
+            found = bundle.judge(file, last, kek)
+        finally:
+            kek.wipe()
+        if found.verdict is Verdict.TAMPERED:
+            found = await self._under_its_own_kek(row, file, last) or found
+        if found.verdict is not Verdict.LOCKED:
             if len(self._judged) >= _JUDGEMENTS_KEPT:
                 self._judged.clear()
-            self._judged[seen] = found
-        return self._judged[seen]
+            self._judged[_pair(file, last)] = found
+        return found
 
     async def _under_its_own_kek(self, row: VmRow, file: bytes, last: bytes) -> Judgement | None:
-        """What a file is by the KEK that it names itself, which is not the VM's now; None where that cannot be told.
+        """What a file is by the KEK that it names itself, which is not the VM's now; None where it names no such key.
 
         A new key goes with most new files, so that older and newer copies are authentic under other keys than ours.
+        While that key cannot be had nobody can tell; one that its provider says it does not have never will.
         """
         try:
             named, _ = bundle.read(file)
@@ -170,8 +182,11 @@ class VmKeys:
             return None
         try:
             kek, _ = await self.keyring.kek(named.provider, named.key_id, vm=row.name)
-        except VmLocked:
-            return None
+        except VmLocked as error:
+            if isinstance(error.__cause__, KeyMissing):
+                return None
+            why = f"key {named.key_id} of key provider {named.provider}, which it names, cannot be had"
+            return Judgement(Verdict.LOCKED, (why,))
         try:
             return bundle.judge(file, last, kek)
         finally:
@@ -185,10 +200,19 @@ class VmKeys:
         if found.verdict is Verdict.LOCKED:
             raise VmLocked(
                 f"VM {row.name} is locked: its configuration file on host {host} is not the last one that was written, "
-                f"and key {row.key_id} of key provider {row.provider}, which would tell why, cannot be had now",
-                todo=f"bring key provider {row.provider} back; see `sealift key-provider show {row.provider}`",
+                f"and {'; '.join(found.lines)} now",
+                todo="bring that key provider back; `sealift key-provider list` shows how each of them is",
             )
         raise describe(row.name, host, found)
+
+
+def cannot_tell(row: VmRow, why: str) -> Judgement:
+    """That a file is not the last one written; the VM's KEK, of which ``why`` is said, would tell more."""
+    return Judgement(Verdict.LOCKED, (f"key {row.key_id} of key provider {row.provider}, which would tell why, {why}",))
+
+
+def _pair(file: bytes, last: bytes) -> tuple[bytes, bytes]:
+    return hashlib.sha256(file).digest(), hashlib.sha256(last).digest()
 
 
 def unwrap_all(file: bytes, kek: Secret) -> dict[UUID, Secret]:
