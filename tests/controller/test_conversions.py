@@ -14,6 +14,9 @@ import pytest
 from doubles.vault import ConversionScript, failing, forms_of, straight, stuck
 from sealift.controller import conversion_plan
 from sealift.controller.conversion_plan import machine_uuid
+from sealift.controller.inventory import Inventory
+from sealift.controller.keyring import Keyring
+from sealift.controller.link import AgentLink
 from sealift.controller.models import ConversionRow
 from sealift.controller.provider_ask import ProviderAsk
 from sealift.domain.conversion import ConversionState, DiskFacts
@@ -189,7 +192,10 @@ def test_an_answer_that_got_lost_and_an_order_that_did(tmp_path: Path) -> None:
         assert (row.state, row.error_slug) == ("failed", "conversion_failed")
         assert "got lost" in row.error
         assert row.id in world.a.vault.ended_before, "it is refused should it still come"
-        assert await world.key_state(row.key_id) is KeyState.DESTROYED
+        # That a host knows of no order is no proof that nothing is under its keys.
+        assert await world.key_state(row.key_id) is KeyState.ACTIVE
+        [event] = await world.happened("conversion.key_left")
+        assert row.key_id in event.text
         world.a.vault.drop, world.a.vault.lose = set(), {"convert"}
         assert (await world.finished(await world.encrypt())).state == "done"
 
@@ -209,26 +215,6 @@ def test_an_order_that_the_host_refuses(tmp_path: Path) -> None:
         )
         assert await world.key_state(row.key_id) is KeyState.DESTROYED
         assert not (await world.row()).encrypted
-
-    with_world(tmp_path, story)
-
-
-def test_a_key_is_never_destroyed_where_an_image_might_be_under_it(tmp_path: Path) -> None:
-    """The host's journal was lost after the swap: it knows nothing of the order, and has the new images."""
-
-    async def story(world: World) -> None:
-        vm = await world.define()
-        world.a.vault.script = stuck(C.SWAPPING)
-        row = await world.encrypt()
-        await world.until(row, lambda now: now.state == "swapping")
-        [conversion] = world.a.vault.conversions.values()
-        world.a.vms[vm] = replace(world.a.vms[vm], config=conversion.order.config)
-        world.a.vault.conversions.clear()
-        row = await world.finished(row)
-        assert row.state == "failed"
-        assert await world.key_state(row.key_id) is KeyState.ACTIVE
-        [event] = await world.happened("conversion.key_left")
-        assert row.key_id in event.text
 
     with_world(tmp_path, story)
 
@@ -388,6 +374,7 @@ def test_a_definition_that_the_host_refuses_or_does_not_answer(tmp_path: Path) -
         with pytest.raises(AlreadyExists):
             await create(world, text)
         assert world.a.vms[other].state is VmState.RUNNING
+        await world.services.encryption.idle()
         [row] = await world.services.conversions.all()
         assert (row.state, row.error_slug) == ("failed", "already_exists")
         assert await world.key_state(row.key_id) is KeyState.DESTROYED
@@ -395,10 +382,102 @@ def test_a_definition_that_the_host_refuses_or_does_not_answer(tmp_path: Path) -
         with pytest.raises(HostUnreachable):
             await create(world, TOML.format(name="vm1"))
         world.a.vault.lose = set()
-        await world.finished((await world.services.conversions.all())[0])
+        row = await world.finished((await world.services.conversions.all())[0])
+        assert await world.key_state(row.key_id) is KeyState.DESTROYED, "its order was never sent"
         assert "vm1" not in {status.name for status in world.a.vms.values()}
         with pytest.raises(NotFound):
             await world.row()
+
+    with_world(tmp_path, story)
+
+
+def test_a_creation_goes_on_when_its_event_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        async def broken(self: Inventory, *told: str) -> None:
+            raise RuntimeError("the disk of the database is full")
+
+        monkeypatch.setattr(Inventory, "tell", broken)
+        with pytest.raises(RuntimeError):
+            await create(world, TOML.format(name="vm1"))
+        [row] = await world.services.conversions.all()
+        assert (await world.finished(row)).state == "done"
+        assert (await world.sight()).state == "ok"
+
+    with_world(tmp_path, story)
+
+
+def test_what_a_restart_cut_off_after_the_end_is_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        reached = asyncio.Event()
+
+        async def hangs(self: Keyring, provider: str, key_id: str) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        await world.define()
+        world.a.vault.script = failing()
+        with monkeypatch.context() as patched:
+            patched.setattr(Keyring, "abandon", hangs)
+            row = await world.encrypt()
+            async with asyncio.timeout(10):
+                await reached.wait()
+            row = await world.services.conversions.get(row.id)
+            assert row.state == "failed", "final before its key is destroyed"
+            assert await world.key_state(row.key_id) is KeyState.ACTIVE
+            await world.services.close()
+        await world.begin()
+        await world.services.encryption.idle()
+        assert await world.key_state(row.key_id) is KeyState.DESTROYED
+        assert not world.a.vault.conversions
+        assert await world.services.conversions.open() == []
+        assert not await world.happened("key.left_over")
+
+    with_world(tmp_path, story)
+
+
+def test_a_host_is_asked_to_forget_until_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        forget, asked = AgentLink.forget_conversion, 0
+
+        async def silent_at_first(self: AgentLink, conversion: UUID) -> None:
+            nonlocal asked
+            asked += 1
+            if asked < 3:
+                raise HostUnreachable("host a did not answer")
+            await forget(self, conversion)
+
+        monkeypatch.setattr(AgentLink, "forget_conversion", silent_at_first)
+        await world.encrypted()
+        assert not world.a.vault.conversions
+        assert await world.services.conversions.open() == []
+
+    with_world(tmp_path, story)
+
+
+def test_a_provider_that_is_removed_while_its_new_key_is_on_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        new_kek = Keyring.new_kek
+
+        async def then_removed(self: Keyring, provider: str, vm: UUID, name: str) -> tuple[str, Secret]:
+            made = await new_kek(self, provider, vm, name)
+            await world.services.providers.remove(provider, force=True, asked_by="bob")
+            return made
+
+        await world.encrypted("vm2")
+        await world.define()
+        before = await world.row()
+        monkeypatch.setattr(Keyring, "new_kek", then_removed)
+        for name, begin in (("vm1", world.encrypt), ("vm2", world.rekey)):
+            await world.provide("other")
+            with pytest.raises(Conflict, match="key provider other was removed"):
+                await begin(name, provider="other")
+            assert (await world.services.conversions.open()) == []
+        assert len(await world.services.conversions.all()) == 1
+        assert (await world.row()).fence == before.fence
 
     with_world(tmp_path, story)
 
@@ -444,8 +523,6 @@ def test_the_keys_of_an_order_are_wiped_when_it_was_sent(tmp_path: Path, monkeyp
     sent: list[Secret] = []
 
     async def story(world: World) -> None:
-        from sealift.controller.link import AgentLink
-
         convert = AgentLink.convert
 
         async def seen(self: AgentLink, order: object, deks: dict[UUID, Secret]) -> object:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sealift.controller.conversion_run import ConversionTools
-from sealift.controller.conversions import ConversionWish
+from sealift.controller.conversions import Conversions, ConversionWish
 from sealift.controller.models import ConversionRow, VmRow
 from sealift.controller.rekey import Rekeying
 from sealift.domain.conversion import ConversionKind
@@ -229,6 +230,79 @@ def test_a_rekey_that_the_host_refuses_does_not_answer_or_that_a_restart_cut_off
         now = await world.row()
         assert (now.key_id, now.config_file) == (row.key_id, world.a.vault.files[vm])
         assert now.generation == 4
+
+    with_world(tmp_path, story)
+
+
+def test_a_rekey_that_meets_a_defect_is_settled_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted(running=True)
+        promote, failures = Conversions.promote, 3
+
+        async def broken_at_first(self: Conversions, *what: Any) -> ConversionRow:
+            nonlocal failures
+            failures -= 1
+            if failures >= 0:
+                raise RuntimeError("the disk of the database is full")
+            return await promote(self, *what)
+
+        monkeypatch.setattr(Conversions, "promote", broken_at_first)
+        with pytest.raises(RuntimeError):
+            await world.rekey()
+        [row, _] = await world.services.conversions.all()
+        assert (await world.finished(row)).state == "done"
+        assert (await world.row()).config_file == world.a.vault.files[vm] == row.after_file
+
+    with_world(tmp_path, story)
+
+
+def test_a_file_whose_own_key_cannot_be_had_is_not_called_changed(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.encrypted()
+        older = await world.row()
+        await world.provide("other")
+        newer = await world.rekey(provider="other")
+        await put_back(world, older)
+        await world.away("other")
+        sight = await world.sight()
+        assert (sight.state, sight.lines) == ("locked", [])
+        for word in (newer.key_id, "key provider other", "cannot be had"):
+            assert word in sight.message
+        with pytest.raises(VmLocked, match=f"key {newer.key_id} of key provider other.*cannot be had"):
+            await start(world)
+        await world.services.keeper.look()
+        assert not await world.happened("vm.tampered")
+        await world.back("other")
+        sight = await world.sight()
+        assert sight.state == "tampered"
+        assert "newer" in sight.message
+        # A key that its provider says it has not is another matter.
+        world.services.inventory.keys._judged.clear()
+        await (await world.services.providers.open("other")).destroy(newer.key_id)
+        sight = await world.sight()
+        assert sight.state == "tampered"
+        assert "was changed" in sight.message
+        await world.away("other")
+        assert (await world.sight()).state == "tampered"
+
+    with_world(tmp_path, story)
+
+
+def test_a_host_that_is_ahead_of_the_record_has_no_changed_file(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted()
+        world.a.vault.lose = {"file"}
+        with pytest.raises(HostUnreachable):
+            await world.rekey()
+        [row, _] = await world.services.conversions.all()
+        assert world.a.vault.files[vm] == row.after_file
+        await world.away()
+        sight = await world.sight()
+        assert (sight.state, sight.message) == ("ok", "")
+        await world.services.keeper.look()
+        assert not await world.happened("vm.tampered")
+        world.a.vault.lose = set()
+        assert (await world.finished(row)).state == "done"
 
     with_world(tmp_path, story)
 

@@ -2,11 +2,16 @@
 
 After a restart of the controller the same ``carry_out`` goes on from the record. The keys of an order are in memory
 only; an order that did not reach the host is therefore never sent a second time, and its conversion ends as failed.
+
+A record may be an old one, from a database that was put back from a backup: the conversion may be long done, and the VM
+may have moved since. So its new KEK is destroyed only if the host says how this very conversion came to nothing, or if
+this process knows that the host never took the order. That a host knows nothing of it is not enough.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -26,11 +31,13 @@ from sealift.domain.conversion import (
     ConversionStatus,
 )
 from sealift.domain.deks import Deks, wipe
+from sealift.domain.vm import VmState, VmStatus
 from sealift.errors import (
     ConversionCancelled,
     ConversionFailed,
     NotFound,
     SealiftError,
+    StaleFence,
     Unreachable,
     from_slug,
 )
@@ -56,12 +63,15 @@ class Delivery:
 
 
 class ConversionRun:
-    """The work on one conversion. One task calls ``carry_out``, which may be cancelled anywhere and begun anew."""
+    """The work on one conversion. One task calls ``carry_out``, which may be cancelled anywhere and begun anew.
 
-    def __init__(self, tools: ConversionTools, row: ConversionRow) -> None:
+    ``never_sent``: it is certain that its order did not leave this controller, and will not.
+    """
+
+    def __init__(self, tools: ConversionTools, row: ConversionRow, *, never_sent: bool) -> None:
         self._tools = tools
         self._barred = self._cancel_sent = False
-        self._unused = False  # whether it is certain that no image is under the new keys
+        self._unused = never_sent  # whether it is certain that no image is under the new keys
         self._failure: SealiftError | None = None
         self._said = ""
         self._pause = tools.pace.poll_s
@@ -70,9 +80,15 @@ class ConversionRun:
         self.report: ConversionStatus | None = None
 
     async def carry_out(self, delivery: Delivery | None) -> None:
-        """Bring the conversion to its end. ``delivery``: its order, if it is to be sent now."""
-        host = next(host for host in await self._tools.records.hosts() if host.id == self.row.host)
-        link = self._tools.inventory.link(host)
+        """Bring the conversion to its end and tidy up. ``delivery``: its order, if it is to be sent now."""
+        self.row = await self._tools.records.get(self.row.id)
+        self.cancel_requested |= self.row.cancel_requested
+        if self.row.finished_at is None:
+            host = next(host for host in await self._tools.records.hosts() if host.id == self.row.host)
+            await self._bring_to_end(self._tools.inventory.link(host), delivery)
+        await self._tidy()
+
+    async def _bring_to_end(self, link: AgentLink, delivery: Delivery | None) -> None:
         if delivery is not None:
             await self._deliver(link, delivery)
         while self.row.finished_at is None:
@@ -85,14 +101,15 @@ class ConversionRun:
                 self._pause = self._tools.pace.poll_s
             if self.row.finished_at is None:
                 await asyncio.sleep(self._pause)
-        await self._tidy(host)
 
     async def _deliver(self, link: AgentLink, delivery: Delivery) -> None:
         try:
             self.report = await link.convert(delivery.order, delivery.deks)
         except SealiftError as error:
-            # Perhaps it arrived all the same; the host itself will tell. The frames it came through hold the order.
+            # The frames it came through hold the order.
             self._failure = error.with_traceback(None)
+            # One that nobody answered has perhaps arrived all the same; the host itself will tell.
+            self._unused = not isinstance(error, Unreachable)
         finally:
             wipe(delivery.deks)
 
@@ -102,10 +119,10 @@ class ConversionRun:
             await self._settle_unknown(link)
             return
         self.report = found
+        self._unused = found.state in (ConversionState.FAILED, ConversionState.CANCELLED)
         if found.state is ConversionState.DONE:
-            self.row = await self._tools.records.promote(self.row.id, _figures(found))
+            self.row = await self._tools.records.promote(self.row.id, {"tidied": False, **_figures(found)})
         elif found.state in CONVERSION_FINAL:
-            self._unused = True
             asked = found.state is not ConversionState.CANCELLED or self.cancel_requested
             state = found.state if asked else ConversionState.FAILED
             await self._drop(link, state, self._error_of(found), _figures(found))
@@ -116,29 +133,34 @@ class ConversionRun:
                 await self._cancel(link)
 
     async def _settle_unknown(self, link: AgentLink) -> None:
-        """The host knows nothing of it. An order still under way is to be refused when it comes; then that is final."""
+        """The host knows nothing of it. An order still under way is to be refused when it comes; then that is final.
+
+        A host that has the VM under the new keys had the order once, and lost or was told to forget it: it is done.
+        """
         if not self._barred:
             with suppress(NotFound):  # as expected; and what it does not know, it refuses from now on
                 await link.cancel_conversion(self.row.id)
             self._barred = True
             return  # and look once more: it may have come in between
-        self._unused = await self._has_old_images(link)
+        there = await self._at_host(link)
+        deks = CONFIG.validate_python(self.row.after_config).deks
+        if there is not None and there.config.deks == deks and not self._unused:
+            self.row = await self._tools.records.promote(self.row.id, {"tidied": False})
+            return
         error = self._unheard() if isinstance(self._failure, Unreachable) else self._failure or self._unheard()
         await self._drop(link, ConversionState.FAILED, error, {})
 
     def _unheard(self) -> ConversionFailed:
         return ConversionFailed(
             f"host {self.row.host_name} has no order to {what(self.row)} VM {self.row.vm_name}: the controller was "
-            "restarted, or the order got lost; nothing was changed",
+            "restarted, or the order got lost",
             todo="ask for it again",
         )
 
-    async def _has_old_images(self, link: AgentLink) -> bool:
-        """Whether a host without the order says that the VM is as before; its journal may have been lost instead."""
-        try:
-            return (await link.vm(self.row.vm)).config.deks != CONFIG.validate_python(self.row.after_config).deks
-        except NotFound:
-            return self.row.with_vm  # it goes too, and was never started
+    async def _at_host(self, link: AgentLink) -> VmStatus | None:
+        with suppress(NotFound):
+            return await link.vm(self.row.vm)
+        return None
 
     async def _cancel(self, link: AgentLink) -> None:
         try:
@@ -154,31 +176,52 @@ class ConversionRun:
         self, link: AgentLink, state: ConversionState, error: SealiftError, figures: dict[str, object]
     ) -> None:
         """Nothing came of it: record that, after the host was rid of a VM that was made for it."""
-        if self.row.with_vm:
-            with suppress(NotFound):  # it was never defined, or an earlier life of ours removed it
-                await link.delete(self.row.vm, await self._tools.records.raise_fence(self.row))
-        self.row = await self._tools.records.end(self.row.id, state, error, figures)
+        keep_vm = self.row.with_vm and not await self._rid_of_vm(link)
+        self.row = await self._tools.records.end(
+            self.row.id, state, error, {"tidied": False, **figures}, key_unused=self._unused, keep_vm=keep_vm
+        )
 
-    async def _tidy(self, host: HostRow) -> None:
-        """What is left when the record is final; all of it can fail without harm."""
-        row, inventory = self.row, self._tools.inventory
-        if row.state != ConversionState.DONE.value:
-            if row.key_id and self._unused:
-                await inventory.keys.keyring.abandon(row.provider, row.key_id)
-            elif row.key_id:
-                text = (
-                    f"key {row.key_id} of key provider {row.provider}, made for VM {row.vm_name}, was left there: host "
-                    f"{row.host_name} could not say whether an image is under it"
-                )
-                await self._tools.records.note(row.id, {}, ("conversion.key_left", text))
-        elif row.kind != ConversionKind.ENCRYPT.value:
-            # The keys of the old images open nothing any more; hosts where the VM has been may hold them still.
-            others = [each for each in await self._tools.records.hosts() if each.id != host.id]
-            await inventory.forget_keys(others, row.vm, row.fence)
+    async def _rid_of_vm(self, link: AgentLink) -> bool:
+        """Whether the host has no VM that was made for this any more.
+
+        That one is in clear and was never started. One that is encrypted, or has been started, or has had a later order
+        (so that this one's fence is stale), has a life of its own since, of which this database knows nothing.
+        """
+        there = await self._at_host(link)
+        if there is None:
+            return True  # it was never defined, or an earlier life of ours removed it
+        if there.config.deks or there.state is not VmState.STOPPED:
+            return False
         try:
-            await inventory.link(host).forget_conversion(row.id)
-        except SealiftError as error:
-            self._say("a conversion is not forgotten by its host", error)
+            await link.delete(self.row.vm, self.row.fence)
+        except NotFound:
+            return True
+        except StaleFence:
+            return False
+        return True
+
+    async def _tidy(self) -> None:
+        """What is left when the record is final; the host is asked again until it forgot, or is none of ours."""
+        pause = self._tools.pace.poll_s
+        self.row = await destroy_unused_key(self._tools, self.row)
+        while not self.row.tidied:
+            try:
+                await self._tidy_hosts(self.row, await self._tools.records.hosts())
+            except SealiftError as error:
+                self._say("a conversion is not forgotten by its host", error)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, self._tools.pace.tidy_s)
+                continue
+            self.row = await self._tools.records.note(self.row.id, {"tidied": True})
+
+    async def _tidy_hosts(self, row: ConversionRow, hosts: Sequence[HostRow]) -> None:
+        if row.state == ConversionState.DONE.value and row.kind != ConversionKind.ENCRYPT.value:
+            # The keys of the old images open nothing any more; hosts where the VM has been may hold them still. One to
+            # which it has moved again since refuses: the fence is an old one then.
+            await self._tools.inventory.forget_keys([host for host in hosts if host.id != row.host], row.vm, row.fence)
+        for host in hosts:
+            if host.id == row.host:
+                await self._tools.inventory.link(host).forget_conversion(row.id)
 
     def _error_of(self, found: ConversionStatus) -> SealiftError:
         if found.state is ConversionState.CANCELLED and not self.cancel_requested:
@@ -194,6 +237,17 @@ class ConversionRun:
         if str(error) != self._said:
             self._said = str(error)
             log.warning(event, conversion=str(self.row.id), vm=self.row.vm_name, error=str(error))
+
+
+async def destroy_unused_key(tools: ConversionTools, row: ConversionRow) -> ConversionRow:
+    """Destroy the new key of a record that came to nothing, if that is not done yet; the record as it is then.
+
+    Only a final record says ``key_unused``, so none that could still be promoted loses its key. It may be done twice.
+    """
+    if not row.key_unused:
+        return row
+    await tools.inventory.keys.keyring.abandon(row.provider, row.key_id)
+    return await tools.records.note(row.id, {"key_unused": False})
 
 
 def _figures(found: ConversionStatus) -> dict[str, object]:

@@ -16,11 +16,11 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sealift.controller.events import EventLog, Happening
-from sealift.controller.models import ConversionRow, HostRow, VmRow
+from sealift.controller.models import ConversionRow, HostRow, KeyProviderRow, VmRow
 from sealift.controller.new_vm import require_new
 from sealift.domain.conversion import ConversionKind, ConversionState
 from sealift.domain.policy import MigrateEncryption
-from sealift.errors import NotFound, SealiftError
+from sealift.errors import Conflict, NotFound, SealiftError
 from sealift.keys import bundle
 
 PAGE = 500
@@ -74,6 +74,8 @@ def new_row(wish: ConversionWish, vm: VmRow, host: HostRow) -> ConversionRow:
         todo="",
         requested_by=wish.requested_by,
         created_at=time.time(),
+        key_unused=False,
+        tidied=True,
     )
 
 
@@ -86,9 +88,15 @@ class Conversions:
     async def begin(self, row: ConversionRow, *, with_vm: VmRow | None) -> ConversionRow:
         """Store a record, its VM too if that is made for it, and raise the VM's fence for the orders to come.
 
-        Raises NotFound when the VM is gone, AlreadyExists when one to be made is there.
+        Raises NotFound when the VM is gone, AlreadyExists when one to be made is there, Conflict when the provider of
+        the new key was removed since that was made: nothing is stored then.
         """
         async with self._events.transaction() as session:
+            if row.provider and await session.get(KeyProviderRow, row.provider) is None:
+                raise Conflict(
+                    f"key provider {row.provider} was removed while VM {row.vm_name} was to get a key of it",
+                    todo="see `sealift key-provider list`",
+                )
             if with_vm is not None:
                 await require_new(session, with_vm.name, with_vm.uuid)
                 session.add(with_vm)
@@ -115,9 +123,10 @@ class Conversions:
             return list(found)
 
     async def open(self) -> list[ConversionRow]:
-        """Records that somebody must still work on."""
+        """Records that somebody must still work on: unfinished, or with something left of them."""
         async with self._events.reading() as session:
-            unfinished = select(ConversionRow).where(ConversionRow.finished_at.is_(None))
+            left = ConversionRow.tidied.is_(False) | ConversionRow.key_unused
+            unfinished = select(ConversionRow).where(ConversionRow.finished_at.is_(None) | left)
             return list(await session.scalars(unfinished.order_by(ConversionRow.created_at)))
 
     async def hosts(self) -> list[HostRow]:
@@ -135,14 +144,6 @@ class Conversions:
             if happening is not None:
                 self._events.add(session, _about(row, *happening))
         return row
-
-    async def raise_fence(self, row: ConversionRow) -> int:
-        """A fence above that of the conversion's order, for an order that must make that one late."""
-        async with self._events.transaction() as session:
-            vm = await session.get_one(VmRow, row.vm)
-            if vm.fence == row.fence:
-                vm.fence += 1
-            return vm.fence
 
     async def promote(self, conversion: UUID, fields: Mapping[str, object]) -> ConversionRow:
         """The host has done it: what was written down before becomes the VM's, all in one transaction.
@@ -162,11 +163,19 @@ class Conversions:
         return row
 
     async def end(
-        self, conversion: UUID, state: ConversionState, error: SealiftError, fields: Mapping[str, object]
+        self,
+        conversion: UUID,
+        state: ConversionState,
+        error: SealiftError,
+        fields: Mapping[str, object],
+        *,
+        key_unused: bool,
+        keep_vm: bool,
     ) -> ConversionRow:
-        """It came to nothing: the record says why, and a VM that was made for it goes with it.
+        """It came to nothing: the record says why, and a VM that was made for it goes with it unless ``keep_vm``.
 
-        A record that is final already stays as it is.
+        ``key_unused``: it is certain that nothing is under the new key, which whoever tidies up then destroys; else
+        an event says that it was left. A record that is final already stays as it is.
         """
         async with self._events.transaction() as session:
             row = await _get(session, conversion)
@@ -175,11 +184,16 @@ class Conversions:
             _set(row, fields)
             row.state, row.finished_at = state.value, time.time()
             row.error_slug, row.error, row.todo = error.slug, error.what, error.todo
+            row.key_unused = key_unused and bool(row.key_id)
             text = f"VM {row.vm_name} on host {row.host_name}: to {what(row)} it ended as {state.value}: {error.what}"
-            if row.with_vm and (vm := await session.get(VmRow, row.vm)) is not None:
+            if row.with_vm and keep_vm:
+                text += "; the VM is kept, as its host has it encrypted or started, or has had later orders for it"
+            elif row.with_vm and (vm := await session.get(VmRow, row.vm)) is not None:
                 await session.delete(vm)
                 text += "; the VM, which was made for it, was removed"
             self._events.add(session, _about(row, f"conversion.{state.value}", text, slug=error.slug))
+            if row.key_id and not key_unused:
+                self._events.add(session, _about(row, "conversion.key_left", _left(row)))
         return row
 
 
@@ -214,6 +228,14 @@ def _keys_told(row: ConversionRow) -> str:
         case ConversionKind.REKEY:
             kept = "; whoever copied the old configuration file and can get that key is not locked out"
             return f"{new}; {old} stays where it is{'' if row.deep else kept}"
+
+
+def _left(row: ConversionRow) -> str:
+    return (
+        f"key {row.key_id} of key provider {row.provider}, made for VM {row.vm_name}, was left there: an image or a "
+        f"configuration file may be under it; should host {row.host_name} have a newer configuration file of the VM, "
+        f"`sealift vm restore-config {row.vm_name}` takes it over"
+    )
 
 
 async def _get(session: AsyncSession, conversion: UUID) -> ConversionRow:

@@ -80,10 +80,10 @@ class Encryption:
                 return _record(wish, vm, host, plan)
             row = await self._rekeying.begin(wish, vm, host, provider)
             try:
-                return await self._rekeying.settle(row, self._inventory.link(host))
-            except SealiftError:
+                return await self._rekeying.settle(row, self._inventory.link(host), first=True)
+            except BaseException:
                 # Recorded as failed, or for this task to settle.
-                self._spawn(self._rekeying.settle_by_itself(row), row)
+                self._spawn(self._rekeying.settle_by_itself(row.id), row)
                 raise
 
     async def rekey_many(self, source: str, target: str, *, asked_by: str) -> Sequence[RekeyedVm]:
@@ -128,18 +128,19 @@ class Encryption:
         delivery = await self._prepare(row, vm, plan, with_vm=True)
         try:
             await self._inventory.link(host_row).define(config, vm.fence, made_by_conversion=True)
-        except SealiftError as error:
-            failure = error.with_traceback(None)
+        except BaseException as error:
             wipe(delivery.deks)
-            if isinstance(failure, Unreachable):
-                self._begin(row, None)  # it may have arrived: this ends as failed, and removes the VM
-            else:
-                await self._tools.records.end(row.id, ConversionState.FAILED, failure, {})
-                await self._inventory.keys.keyring.abandon(row.provider, row.key_id)
-            raise failure from None
+            if isinstance(error, SealiftError) and not isinstance(error, Unreachable):
+                # Refused: what the host has under that uuid, if anything, is not ours to remove.
+                row = await self._tools.records.end(
+                    row.id, ConversionState.FAILED, error, {}, key_unused=True, keep_vm=False
+                )
+            # Else it may have arrived: this ends as failed, and removes the VM.
+            self._begin(row, None, never_sent=True)
+            raise
+        self._begin(row, delivery, never_sent=False)
         told = f"VM {config.name} was defined on host {host} by {asked_by}, to be encrypted"
         await self._inventory.tell(told, "vm.created", vm.name, host)
-        self._begin(row, delivery)
         return row
 
     async def restore_config(self, name: str, *, asked_by: str) -> SeenVm:
@@ -178,9 +179,9 @@ class Encryption:
     def resume(self, row: ConversionRow) -> None:
         """Go on with what an earlier life of the controller began."""
         if row.kind == ConversionKind.REKEY.value and not row.deep:
-            self._spawn(self._rekeying.settle_by_itself(row), row)
+            self._spawn(self._rekeying.settle_by_itself(row.id), row)
         else:
-            self._begin(row, None)
+            self._begin(row, None, never_sent=False)
 
     async def idle(self) -> None:
         """Wait until nothing that was begun is under way any more."""
@@ -203,7 +204,7 @@ class Encryption:
                     await self._tell_refused(row)
                 return row
             delivery = await self._prepare(row, vm, plan, with_vm=False)
-        self._begin(row, delivery)
+        self._begin(row, delivery, never_sent=False)
         return row
 
     async def _prepare(self, row: ConversionRow, vm: VmRow, plan: ConversionPlan, *, with_vm: bool) -> Delivery:
@@ -233,8 +234,8 @@ class Encryption:
         text = f"{row.requested_by} asked to {what(row)} VM {row.vm_name}, which was refused: {row.error}"
         await self._inventory.tell(text, "conversion.refused", row.vm_name, row.host_name)
 
-    def _begin(self, row: ConversionRow, delivery: Delivery | None) -> None:
-        self._runs[row.id] = ConversionRun(self._tools, row)
+    def _begin(self, row: ConversionRow, delivery: Delivery | None, *, never_sent: bool) -> None:
+        self._runs[row.id] = ConversionRun(self._tools, row, never_sent=never_sent)
         self._spawn(self._carry(row.id, delivery), row)
 
     def _spawn(self, work: Coroutine[Any, Any, None], row: ConversionRow) -> None:
@@ -247,19 +248,21 @@ class Encryption:
         pause = self._tools.pace.poll_s
         try:
             while True:
+                run = self._runs[conversion]
                 try:
-                    await self._runs[conversion].carry_out(delivery)
+                    await run.carry_out(delivery)
                 except Exception:
                     log.exception("a conversion met something unexpected", conversion=str(conversion))
                 else:
                     return
+                finally:
+                    if delivery is not None:
+                        wipe(delivery.deks)
                 await asyncio.sleep(pause)
                 pause, delivery = min(pause * 2, self._tools.pace.tidy_s), None
-                self._runs[conversion] = ConversionRun(self._tools, await self._tools.records.get(conversion))
+                self._runs[conversion] = ConversionRun(self._tools, run.row, never_sent=False)
         finally:
             self._runs.pop(conversion, None)
-            if delivery is not None:
-                wipe(delivery.deks)
 
 
 def _record(wish: ConversionWish, vm: VmRow, host: HostRow, plan: ConversionPlan) -> ConversionRow:

@@ -144,6 +144,8 @@ class ConversionRow(Base):
     requested_by: Mapped[str] = mapped_column(String(63))
     created_at: Mapped[float] = mapped_column(index=True)
     finished_at: Mapped[float | None]
+    key_unused: Mapped[bool] = mapped_column(default=False)  # its new key is under nothing, and to be destroyed still
+    tidied: Mapped[bool] = mapped_column(default=True)  # false while its host, or others, may hold leftovers of it
 
 
 class SettingRow(Base):

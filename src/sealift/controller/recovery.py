@@ -22,7 +22,7 @@ log = structlog.get_logger("sealift.recovery")
 
 
 async def recover(ledger: Ledger, orchestrator: Orchestrator, conversions: Conversions, encryption: Encryption) -> int:
-    """Resume every migration that is unfinished or not tidied up, and every unfinished conversion; answers how many."""
+    """Resume every migration and conversion that is unfinished or not tidied up; answers how many."""
     rows = await ledger.open()
     for row in rows:
         log.info("taking up a migration", migration=str(row.id), vm=row.vm_name, state=row.state)

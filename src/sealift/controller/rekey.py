@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from uuid import UUID
 
 import structlog
 from sqlalchemy import select
 
-from sealift.controller.conversion_run import ConversionTools
+from sealift.controller.conversion_run import ConversionTools, destroy_unused_key
 from sealift.controller.conversions import ConversionWish, new_row
 from sealift.controller.link import AgentLink
 from sealift.controller.models import ConversionRow, HostRow, VmRow
 from sealift.controller.new_vm import CONFIG
 from sealift.controller.providers import Providers
-from sealift.controller.vm_keys import own_file, unwrap_all, write_file
+from sealift.controller.vm_keys import file_on_host, own_file, unwrap_all, write_file
 from sealift.domain.checks import Finding
 from sealift.domain.conversion import ConversionState
 from sealift.domain.deks import wipe
@@ -83,9 +84,12 @@ class Rekeying:
             old_kek.wipe()
         return row
 
-    async def settle(self, row: ConversionRow, link: AgentLink) -> ConversionRow:
+    async def settle(self, row: ConversionRow, link: AgentLink, *, first: bool) -> ConversionRow:
         """Give the host the new file, and make it the VM's; or drop it if the host refuses it for good.
 
+        ``first``: it was never sent before, so that no such order can be on its way still. Only then, and if the host
+        has the file from before, is it certain that the new key is for nothing, and it is destroyed: the record may be
+        of an older database, put back from a backup, and the VM may have the new file, here or where it is since.
         Raises HostUnreachable, and the host's refusal after it was recorded.
         """
         try:
@@ -94,30 +98,51 @@ class Rekeying:
             raise
         except SealiftError as error:
             refusal = error.with_traceback(None)
-            if not await self._has_new_file(row, link):
-                await self._tools.records.end(row.id, ConversionState.FAILED, refusal, {})
-                await self._tools.inventory.keys.keyring.abandon(row.provider, row.key_id)
+            there = await self._file_there(row, link)
+            if there != row.after_file:
+                await self._drop(row, refusal, key_unused=first and there == await self._file_before(row))
                 raise refusal from None
         return await self._tools.records.promote(row.id, {})
 
-    async def _has_new_file(self, row: ConversionRow, link: AgentLink) -> bool:
-        try:
-            return (await link.vm(row.vm)).file.encode("latin-1") == row.after_file
-        except NotFound:
-            return False
+    async def _drop(self, row: ConversionRow, refusal: SealiftError, *, key_unused: bool) -> None:
+        row = await self._tools.records.end(
+            row.id, ConversionState.FAILED, refusal, {}, key_unused=key_unused, keep_vm=True
+        )
+        await destroy_unused_key(self._tools, row)
 
-    async def settle_by_itself(self, row: ConversionRow) -> None:
+    async def _file_there(self, row: ConversionRow, link: AgentLink) -> bytes | None:
+        """The file that the host has; None where it has no such VM, or no file of it that can be read."""
+        try:
+            return file_on_host(await link.vm(row.vm)) or None
+        except NotFound:
+            return None
+
+    async def _file_before(self, row: ConversionRow) -> bytes:
+        async with self._tools.inventory.events.reading() as session:
+            return own_file(await session.get_one(VmRow, row.vm))
+
+    async def settle_by_itself(self, conversion: UUID) -> None:
         """Go on from the record of a rekey whose host did not answer, or that an earlier life of ours left open."""
-        host = next(host for host in await self._tools.records.hosts() if host.id == row.host)
         pause = self._tools.pace.poll_s
-        # Its record says whether it is over: a file that was dropped must not be sent again, as its key is destroyed.
-        while (row := await self._tools.records.get(row.id)).finished_at is None:
+        while True:
             try:
-                await self.settle(row, self._tools.inventory.link(host))
+                await self._settle_recorded(conversion)
             except SealiftError as error:
-                log.info("a rekey is not settled", vm=row.vm_name, conversion=str(row.id), error=str(error))
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, self._tools.pace.tidy_s)
+                log.info("a rekey is not settled", conversion=str(conversion), error=str(error))
+            except Exception:
+                log.exception("a rekey met something unexpected", conversion=str(conversion))
+            else:
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, self._tools.pace.tidy_s)
+
+    async def _settle_recorded(self, conversion: UUID) -> None:
+        # Its record says whether it is over: a file that was dropped must not be sent again, as its key is destroyed.
+        row = await self._tools.records.get(conversion)
+        if row.finished_at is None:
+            host = next(host for host in await self._tools.records.hosts() if host.id == row.host)
+            row = await self.settle(row, self._tools.inventory.link(host), first=False)
+        await destroy_unused_key(self._tools, row)
 
     async def vms_of(self, provider: str) -> Sequence[VmRow]:
         """The VMs whose KEK is at a provider, by name."""

@@ -62,6 +62,8 @@ def upgrade() -> None:
         sa.Column("requested_by", sa.String(length=63), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("finished_at", sa.Double(), nullable=True),
+        sa.Column("key_unused", sa.Boolean(), nullable=False),
+        sa.Column("tidied", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_conversions"),
     )
     op.create_index("ix_conversions_created_at", "conversions", ["created_at"])
