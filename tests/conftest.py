@@ -1,3 +1,13 @@
 """Fixtures that every test can ask for by name."""
 
+from __future__ import annotations
+
+import pytest
+
 pytest_plugins = ("support.guest", "support.command_line")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole systems first: with several workers the short tests then fill up what is left, and nobody waits at the
+    end."""
+    items.sort(key=lambda item: item.path.parent.name != "end_to_end")

@@ -29,7 +29,7 @@ from sealift.domain.vm import Disk, VmConfig
 from support.converting import agent_on, content_of, convert, die_beside_a_child, files_in, image_with
 from support.vm_files import file_of, keys
 
-KILLS = 8
+KILLS = 4
 IMAGE_BYTES, DATA_BYTES = 64 << 20, 16 << 20
 ENDS_S = 60.0
 VM = UUID(int=7)
