@@ -58,6 +58,7 @@ static uint64_t *memory;
 static uint32_t *versions;
 static long pages;
 static pthread_mutex_t stripes[STRIPES]; /* page n is read and written under stripe n % STRIPES */
+static pthread_mutex_t disk_turn = PTHREAD_MUTEX_INITIALIZER; /* held while a block is written and read back */
 
 static void say(const char *format, ...) {
   char line[256];
@@ -274,6 +275,7 @@ _Noreturn static void *disk_writer(void *unused) {
   int64_t due = now_us();
   for (long n = last + 1;; n++) {
     long slot = n % slots;
+    pthread_mutex_lock(&disk_turn);
     fill_block(out, slot, n);
     int right = pwrite(disk, out, PAGE, (off_t)slot * PAGE) == PAGE;
     held[slot] = n;
@@ -283,6 +285,7 @@ _Noreturn static void *disk_writer(void *unused) {
     if (held[older])
       right = right && pread(disk, in, PAGE, (off_t)older * PAGE) == PAGE && number_of(in, older, slots) == held[older];
     say("DISK %ld %s\n", n, right ? "ok" : "bad");
+    pthread_mutex_unlock(&disk_turn);
     due += 100000;
     int64_t now = now_us();
     if (due < now) due = now;
@@ -297,6 +300,8 @@ static void *power_button(void *device) {
   while (button >= 0 && read(button, &event, sizeof event) == sizeof event)
     if (event.type == EV_KEY && event.code == KEY_POWER && event.value == 1) {
       say("POWEROFF\n");
+      /* For good: the kernel takes the disk away on its way out, and a block under way would be called bad. */
+      pthread_mutex_lock(&disk_turn);
       reboot(RB_POWER_OFF);
     }
   return NULL;
