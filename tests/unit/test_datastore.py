@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sealift.hypervisor.datastore import Mount, datastore_of, is_vdo, parse_mountinfo
+from sealift.hypervisor.datastore import Mount, datastore_of, is_vdo, may_shrink, parse_mountinfo
 
 # The example of proc(5), a bind mount with escapes, one without optional fields, one with two of them.
 MOUNTINFO = r"""36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
@@ -64,6 +64,18 @@ def test_vdo_is_found_beneath_what_lies_on_it(tmp_path: Path) -> None:
     assert [is_vdo(f"253:{minor}", tmp_path) for minor in range(5)] == [True, True, True, False, True]
     assert not is_vdo("8:0", tmp_path)
     assert not is_vdo("0:45", tmp_path), "no device at all"
+
+
+def test_file_systems_that_compress_and_those_upon_vdo_may_shrink(tmp_path: Path) -> None:
+    mounts = parse_mountinfo(MOUNTINFO)
+    assert [may_shrink(mounts[number], tmp_path) for number in (36, 60, 61)] == [False, False, True]
+    zfs, plain = parse_mountinfo(
+        "63 28 0:48 / /tank rw - zfs tank rw\n64 28 253:9 / /vdo rw - xfs /dev/dm-9 rw\n"
+    ).values()
+    assert may_shrink(zfs, tmp_path)
+    assert not may_shrink(plain, tmp_path)
+    device(tmp_path, "dm-9", "253:9", uuid="VDO-1234")
+    assert may_shrink(plain, tmp_path)
 
 
 def test_a_real_mount_is_told_from_what_it_hides(tmp_path: Path) -> None:

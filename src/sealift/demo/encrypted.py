@@ -280,6 +280,8 @@ class _Encrypted(Stage):
         """Right blocks, bad ones, and the number of the last, as the guest found its disk when it was booted last."""
         self._goes_on()
         found = [match for line in self.console.lines if (match := _FOUND.fullmatch(line))]
+        if not found:  # it did not say; whoever wants to prove something with that fails
+            return 0, 0, 0
         blocks, bad, last = (int(word) for word in found[-1].groups())
         return blocks, bad, last
 

@@ -84,6 +84,11 @@ def is_vdo(device: str, sysfs: Path) -> bool:
     return False
 
 
+def may_shrink(mount: Mount, sysfs: Path) -> bool:
+    """Whether what lies there may be compressed or deduplicated: by the file system, or by VDO below it."""
+    return mount.filesystem in _SHRINKING or is_vdo(mount.device, sysfs)
+
+
 def datastore_of(path: str, *, sysfs: Path = Path("/sys")) -> Datastore:
     """The datastore of an image, or of the directory where it is to be; raises OSError when neither is there."""
     try:
@@ -103,5 +108,5 @@ def datastore_of(path: str, *, sysfs: Path = Path("/sys")) -> Datastore:
     finally:
         os.close(fd)
     filesystem = mount.filesystem if mount else ""
-    shrinks = filesystem in _SHRINKING or (mount is not None and is_vdo(mount.device, sysfs))
+    shrinks = mount is not None and may_shrink(mount, sysfs)
     return Datastore(filesystem, shrinks, room.f_bavail * room.f_frsize)
