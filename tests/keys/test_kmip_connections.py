@@ -19,7 +19,7 @@ from sealift.keys.kmip_messages import Call
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.ttlv import Item
 from sealift.secret import Secret
-from support.kmip_place import Place, always, failing_on, make_place, members, provider_of, raising
+from support.kmip_place import SHORT_S, Place, always, failing_on, make_place, members, provider_of, raising
 from support.kmip_server import Die, Hang, Store, key_item, message, saying, server_context, versions
 
 
@@ -59,7 +59,7 @@ def test_who_stops_waiting_leaves_no_answer_behind(place: Place) -> None:
     async def main() -> None:
         right = server_context(place.authority, place.certificate)
         async with saying(right, store.answers(before=hook)) as server:
-            provider = provider_of(place, server, answer_s=30)
+            provider = provider_of(place, server)
             waiting = asyncio.create_task(provider.get(one))
             await asked.wait()
             waiting.cancel()
@@ -89,7 +89,8 @@ def test_a_closed_provider_keeps_no_connection(place: Place) -> None:
 
 def test_a_kept_connection_that_falls_silent_is_not_tried_twice(place: Place) -> None:
     async def main() -> None:
-        async with members(place, Store().answers(before=failing_on(Operation.GET, Hang()))) as (provider, (server,)):
+        silent = Store().answers(before=failing_on(Operation.GET, Hang()))
+        async with members(place, silent, answer_s=SHORT_S) as (provider, (server,)):
             assert await provider.locate("vm") == []
             with pytest.raises(ProviderUnreachable, match="does not answer within"):
                 await provider.get("key-1")
@@ -186,7 +187,7 @@ def test_while_all_members_are_away_a_call_waits_for_one_of_them_and_names_each(
 
     async def main() -> None:
         nonlocal hangs
-        async with members(place, *[store.answers(before=hook)] * 3) as (provider, servers):
+        async with members(place, *[store.answers(before=hook)] * 3, answer_s=SHORT_S) as (provider, servers):
             asked: list[list[int]] = []
             for number in range(4):
                 with pytest.raises(ProviderUnreachable) as gone:
