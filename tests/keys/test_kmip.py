@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from sealift.errors import (
     ProviderRefused,
     ProviderUnreachable,
 )
-from sealift.keys import kmip_trust
+from sealift.keys import kmip_messages, kmip_trust
 from sealift.keys.kmip import KmipProvider
+from sealift.keys.kmip_messages import Call, Version
 from sealift.keys.provider import KeyState, MemberHealth, new_key
 from support.kmip_server import client
 
@@ -39,6 +41,25 @@ def known(servers: KmipServers, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_it_keeps_every_promise_of_a_key_provider(servers: KmipServers, known: Path) -> None:
     asyncio.run(check_key_provider(lambda: KmipProvider("kms", servers.members, known)))
+
+
+@pytest.mark.parametrize("version", [(1, 3), (1, 2)])
+def test_it_keeps_them_in_older_versions_too(
+    servers: KmipServers, known: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int]
+) -> None:
+    """The client offers no other."""
+    only = Version(*version)
+    request, spoken = Call.request, Counter[Version]()
+
+    def spy(call: Call[object], version: Version) -> bytes:
+        spoken[version] += 1
+        return request(call, version)
+
+    monkeypatch.setattr(kmip_messages, "VERSIONS", (only,))
+    monkeypatch.setattr(Call, "request", spy)
+    asyncio.run(check_key_provider(lambda: KmipProvider("kms", servers.members, known)))
+    assert spoken[only] > 50
+    assert set(spoken) <= {only, Version(1, 2)}, "in 1.2 it is asked what to speak"
 
 
 def test_members_have_each_others_keys(servers: KmipServers, known: Path) -> None:
@@ -94,13 +115,13 @@ def test_members_may_go_and_come_back(servers: KmipServers, known: Path) -> None
 
 def test_a_member_that_hangs_is_given_up(servers: KmipServers, known: Path) -> None:
     async def main() -> None:
-        provider = KmipProvider("kms", servers.members, known, connect_s=0.3, answer_s=0.3)
+        provider = KmipProvider("kms", servers.members, known, connect_s=2, answer_s=2)
         key_id = await new_key(provider, "a member that hangs is given up")
         servers.pause(0)
         try:
             assert len((await provider.get(key_id)).reveal()) == 32
             (hanging, well) = (await provider.probe()).members
-            assert (hanging.ok, hanging.message) == (False, "no connection within 0.3 s")
+            assert (hanging.ok, hanging.message) == (False, "no connection within 2 s")
             assert well.ok
         finally:
             servers.resume(0)

@@ -19,7 +19,7 @@ from sealift.keys.kmip_messages import Call
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.ttlv import Item
 from sealift.secret import Secret
-from support.kmip_place import SHORT_S, Place, always, failing_on, make_place, members, provider_of, raising
+from support.kmip_place import PATIENT_S, SHORT_S, Place, always, failing_on, make_place, members, provider_of, raising
 from support.kmip_server import Die, Hang, Store, key_item, message, saying, server_context, versions
 
 
@@ -149,7 +149,7 @@ def test_received_keys_are_overwritten(place: Place) -> None:
 
     async def main() -> None:
         async with saying(server_context(place.authority, place.certificate), answer) as server:
-            link = await connect(parse_address(server.member), kmip_trust.load(place.client), connect_s=3, answer_s=3)
+            link = await connect(parse_address(server.member), kmip_trust.load(place.client), connect_s=PATIENT_S, answer_s=PATIENT_S)
             call = kmip_messages.get(key_id)
             secret = await link.ask(_Kept(call.operation, call.payload, call.read))
             assert secret.reveal() == store.materials[key_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import traceback
 from pathlib import Path
 
@@ -224,6 +225,31 @@ def test_a_server_without_tls_is_asked_nothing(place: Place) -> None:
 
     asyncio.run(main())
     assert b"key-1" not in got
+
+
+def test_a_server_whose_tls_is_older_than_1_2_is_asked_nothing(place: Place) -> None:
+    old = server_context(place.authority, place.certificate)
+    lax = kmip_trust.load(place.client).context
+    for context in (old, lax):
+        context.set_ciphers("ALL:@SECLEVEL=0")  # Debian's OpenSSL has no TLS 1.1 above that
+        with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+            context.minimum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        old.maximum_version = ssl.TLSVersion.TLSv1_1
+
+    async def main() -> None:
+        async with saying(old, always(b"")) as server:
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port, ssl=lax, server_hostname="127.0.0.1")
+            assert writer.get_extra_info("ssl_object").version() == "TLSv1.1", "who wants to can"
+            writer.close()
+            await writer.wait_closed()
+            provider = provider_of(place, server)
+            with pytest.raises(ProviderUnreachable, match="it closed the connection in the TLS handshake"):
+                await provider.get("key-1")
+            assert server.plaintext == 0
+            await provider.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,7 @@ async def saying(context: ssl.SSLContext | None, answer: Answer, *, greets: bool
             await over.wait()
         finally:
             writer.close()
+            writers.discard(writer)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     state.port = server.sockets[0].getsockname()[1]
@@ -240,7 +241,7 @@ async def saying(context: ssl.SSLContext | None, answer: Answer, *, greets: bool
     finally:
         over.set()
         server.close()
-        for writer in writers:
+        for writer in list(writers):
             writer.transport.abort()
         await server.wait_closed()
         await asyncio.sleep(0)

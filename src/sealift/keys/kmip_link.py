@@ -207,6 +207,8 @@ async def connect(address: Address, trust: Trust, *, connect_s: float, answer_s:
 
 
 def _why(failure: OSError) -> str:
+    if isinstance(failure, ConnectionError) and not failure.errno:
+        return "it closed the connection in the TLS handshake"  # asyncio raises it so, without a number
     if isinstance(failure, socket.gaierror) or not failure.errno:
         return failure.strerror or "none of its addresses answers"
     return os.strerror(failure.errno)  # asyncio's own text repeats the address
