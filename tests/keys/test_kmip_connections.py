@@ -149,7 +149,9 @@ def test_received_keys_are_overwritten(place: Place) -> None:
 
     async def main() -> None:
         async with saying(server_context(place.authority, place.certificate), answer) as server:
-            link = await connect(parse_address(server.member), kmip_trust.load(place.client), connect_s=PATIENT_S, answer_s=PATIENT_S)
+            link = await connect(
+                parse_address(server.member), kmip_trust.load(place.client), connect_s=PATIENT_S, answer_s=PATIENT_S
+            )
             call = kmip_messages.get(key_id)
             secret = await link.ask(_Kept(call.operation, call.payload, call.read))
             assert secret.reveal() == store.materials[key_id]
