@@ -1,7 +1,7 @@
 """Following one conversion, which encrypts, decrypts or rekeys a VM's disks: a live bar on a terminal, lines elsewhere.
 
-What Ctrl-C does is in ``cli.following``. The controller tells only how many bytes are done, so how fast it goes is
-measured here.
+What is the same for a migration is in ``cli.following``. The controller tells only how many bytes are done, so how
+fast it goes is measured here.
 """
 
 from __future__ import annotations
@@ -10,21 +10,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
-from sealift.cli import quantities
-from sealift.cli.following import DETACHED, POLL_S, Bar, Interrupts, Silence, View
+from sealift.cli import following, quantities
+from sealift.cli.following import Bar, Interrupts, Silence, View
 from sealift.cli.output import Output, clean
-from sealift.errors import (
-    ControllerUnreachable,
-    ConversionCancelled,
-    ConversionFailed,
-    PlanRefused,
-    SealiftError,
-    from_slug,
-)
+from sealift.errors import ConversionCancelled, ConversionFailed, PlanRefused, from_slug
 
 if TYPE_CHECKING:
     from sealift.api.encryption import Conversion
@@ -126,55 +119,34 @@ def follow(client: Client, made: Conversion, output: Output, interrupts: Interru
     view: View[Conversion] = (
         Silence() if output.json else ConversionBar(clock) if sys.stdout.isatty() else ConversionLines(clock)
     )
-    try:
-        return _follow(client, made, view, interrupts, cancel)
-    except KeyboardInterrupt:
-        view.close()
-        _detach(made)
-    finally:
-        view.close()
+    return following.follow(_Course(client, made, view), made, view, interrupts, cancel=cancel)
 
 
-def _follow(
-    client: Client, now: Conversion, view: View[Conversion], interrupts: Interrupts, cancel: bool
-) -> Conversion:
-    seen, silent, asked = 0, False, False
-    view.note(f"{MODES[now.kind][0]} VM {now.vm_name} on {now.host}")
-    while True:
-        view.show(now)
-        if now.finished:
-            if asked and now.state == "done":
-                view.note("the cancellation came too late")
-            return now
-        if interrupts.count > seen:
-            seen = interrupts.count
-            if not cancel:
-                raise KeyboardInterrupt
-            view.note("asking the controller to cancel; Ctrl-C again stops waiting for the end")
-            try:
-                now = client.cancel_conversion(now.id)
-            except SealiftError as error:
-                view.note(f"not cancelled: {error}")
-            else:
-                asked = True
-                if isinstance(view, ConversionBar):
-                    view.cancelling = True
-            continue
-        interrupts.wait(POLL_S)
-        try:
-            now = client.conversion(now.id)
-        except ControllerUnreachable as error:
-            if not silent:
-                view.note(f"{error.what}; the host goes on without it, and we wait")
-            silent = True
-        else:
-            silent = False
+class _Course:
+    """A conversion that is followed."""
 
+    alone = "the host"
 
-def _detach(made: Conversion) -> NoReturn:
-    text = f"no longer following; it goes on, see `sealift conversion watch {made.id}`"
-    click.echo(f"\nsealift: {text}", err=True)
-    raise click.exceptions.Exit(DETACHED)
+    def __init__(self, client: Client, made: Conversion, view: View[Conversion]) -> None:
+        self.opening = f"{MODES[made.kind][0]} VM {made.vm_name} on {made.host}"
+        self.again = f"sealift conversion watch {made.id}"
+        self._client, self._id, self._view = client, made.id, view
+        self._cancelling = False
+
+    def look(self) -> Conversion:
+        return self._client.conversion(self._id)
+
+    def cancel(self) -> Conversion:
+        now = self._client.cancel_conversion(self._id)
+        self._cancelling = True
+        if isinstance(self._view, ConversionBar):
+            self._view.cancelling = True
+        return now
+
+    def over(self, now: Conversion) -> bool:
+        if self._cancelling and now.state == "done":
+            self._view.note("the cancellation came too late")
+        return now.finished
 
 
 def check(end: Conversion, *, creating: bool = False) -> None:

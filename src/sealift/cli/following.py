@@ -1,4 +1,4 @@
-"""What following a migration and following a conversion have in common: Ctrl-C, and where it is shown.
+"""Following a migration or a conversion to its end: Ctrl-C, a controller that is away, and where it is shown.
 
 Ctrl-C while following: the first asks the controller to cancel (or, for an onlooker, stops following), the second stops
 following at once. Neither interrupts a request half way: the handler only counts and wakes the loop, except that the
@@ -17,12 +17,14 @@ from typing import Protocol, TypeVar
 import click
 
 from sealift.cli.output import clean
+from sealift.errors import ControllerUnreachable, SealiftError
 
 POLL_S = 0.3
 
 DETACHED = 130
 """Exit code when Ctrl-C ended the following, not what was followed."""
 
+_T = TypeVar("_T")
 _Now = TypeVar("_Now", contravariant=True)
 
 
@@ -65,6 +67,69 @@ class View(Protocol[_Now]):
 
     def close(self) -> None:
         """No more."""
+
+
+class Course(Protocol[_T]):
+    """What is followed, and the words for it."""
+
+    opening: str
+    """What is being done, said first."""
+    alone: str
+    """Who goes on while the controller cannot be reached."""
+    again: str
+    """The command that follows it anew."""
+
+    def look(self) -> _T:
+        """How it stands. Raises SealiftError."""
+
+    def cancel(self) -> _T:
+        """Ask the controller to cancel it; answers how it stands then. Raises SealiftError."""
+
+    def over(self, now: _T) -> bool:
+        """Whether ``now``, which was just shown, is its end."""
+
+
+def follow(course: Course[_T], now: _T, view: View[_T], interrupts: Interrupts, *, cancel: bool) -> _T:
+    """Show ``now`` and what comes after it; answers the end.
+
+    ``cancel``: whether Ctrl-C asks the controller to cancel. Once somebody only stops following, exits with DETACHED.
+    """
+    try:
+        return _follow(course, now, view, interrupts, cancel)
+    except KeyboardInterrupt:
+        view.close()
+        click.echo(f"\nsealift: no longer following; it goes on, see `{course.again}`", err=True)
+        raise click.exceptions.Exit(DETACHED) from None
+    finally:
+        view.close()
+
+
+def _follow(course: Course[_T], now: _T, view: View[_T], interrupts: Interrupts, cancel: bool) -> _T:
+    seen, silent = 0, False
+    view.note(course.opening)
+    while True:
+        view.show(now)
+        if course.over(now):
+            return now
+        if interrupts.count > seen:
+            seen = interrupts.count
+            if not cancel:
+                raise KeyboardInterrupt
+            view.note("asking the controller to cancel; Ctrl-C again stops waiting for the end")
+            try:
+                now = course.cancel()
+            except SealiftError as error:
+                view.note(f"not cancelled: {error}")
+            continue
+        interrupts.wait(POLL_S)
+        try:
+            now = course.look()
+        except ControllerUnreachable as error:
+            if not silent:
+                view.note(f"{error.what}; {course.alone} goes on without it, and we wait")
+            silent = True
+        else:
+            silent = False
 
 
 class Silence:

@@ -1,21 +1,20 @@
 """Following one migration: a live bar on a terminal, a line per phase elsewhere, and one line at the end.
 
-What Ctrl-C does is in ``cli.following``.
+What is the same for a conversion is in ``cli.following``.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from sealift.cli import quantities
-from sealift.cli.following import DETACHED, POLL_S, Bar, Interrupts, Silence, View
+from sealift.cli.following import Bar, Interrupts, Silence, View, follow
 from sealift.cli.output import Output, clean
 from sealift.errors import (
-    ControllerUnreachable,
     MigrationCancelled,
     MigrationFailed,
     OutcomeUnknown,
@@ -158,13 +157,8 @@ def watch(client: Client, made: Migration, output: Output, interrupts: Interrupt
     ``cancel``: whether Ctrl-C asks the controller to cancel. Once somebody only stops following, exits with DETACHED.
     """
     view: View[Migration] = Silence() if output.json else MigrationBar() if sys.stdout.isatty() else Lines()
-    try:
-        end, moved = _follow(client, made, view, interrupts, cancel)
-    except KeyboardInterrupt:
-        view.close()
-        _detach(made)
-    finally:
-        view.close()
+    course = _Course(client, made, view)
+    end = follow(course, made, view, interrupts, cancel=cancel)
     if output.json:
         output.document(end)
     error = ENDS.get(end.state.value)
@@ -176,48 +170,38 @@ def watch(client: Client, made: Migration, output: Output, interrupts: Interrupt
     if not output.json:
         if end.cancel_requested:
             click.echo("sealift: the cancellation came too late", err=True)
-        click.echo(conclusion(end, moved))
+        click.echo(conclusion(end, course.moved_bytes))
 
 
-def _follow(
-    client: Client, now: Migration, view: View[Migration], interrupts: Interrupts, cancel: bool
-) -> tuple[Migration, int]:
-    moved, seen, silent, unsettled_since = 0, 0, False, None
-    view.note(f"moving VM {now.vm_name} from {now.source} to {now.target}")
-    told = False
-    while True:
-        view.show(now)
+class _Course:
+    """A migration that is followed; says once how it is protected."""
+
+    alone = "the move"
+
+    def __init__(self, client: Client, made: Migration, view: View[Migration]) -> None:
+        self.opening = f"moving VM {made.vm_name} from {made.source} to {made.target}"
+        self.again = f"sealift migration watch {made.id}"
+        self.moved_bytes = 0
+        """QEMU's count."""
+        self._client, self._id, self._view = client, made.id, view
+        self._told = False
+        self._unsettled_since: float | None = None
+
+    def look(self) -> Migration:
+        return self._client.migration(self._id)
+
+    def cancel(self) -> Migration:
+        return self._client.cancel(self._id)
+
+    def over(self, now: Migration) -> bool:
+        """Also when nobody has known the outcome for a while."""
         if now.progress is not None:
-            moved = now.progress.transferred_bytes
-        if now.protection and not told:
-            view.note(protection(now))
-            told = True
-        unsettled_since = (unsettled_since or time.monotonic()) if now.state.value == "outcome_unknown" else None
-        unsettled = unsettled_since is not None and time.monotonic() - unsettled_since >= UNSETTLED_S
-        if now.finished or unsettled:
-            return now, moved
-        if interrupts.count > seen:
-            seen = interrupts.count
-            if not cancel:
-                raise KeyboardInterrupt
-            view.note("asking the controller to cancel; Ctrl-C again stops waiting for the end")
-            try:
-                now = client.cancel(now.id)
-            except SealiftError as error:
-                view.note(f"not cancelled: {error}")
-            continue
-        interrupts.wait(POLL_S)
-        try:
-            now = client.migration(now.id)
-        except ControllerUnreachable as error:
-            if not silent:
-                view.note(f"{error.what}; the move goes on without it, and we wait")
-            silent = True
-        else:
-            silent = False
-
-
-def _detach(made: Migration) -> NoReturn:
-    text = f"no longer following; the migration goes on, see `sealift migration watch {made.id}`"
-    click.echo(f"\nsealift: {text}", err=True)
-    raise click.exceptions.Exit(DETACHED)
+            self.moved_bytes = now.progress.transferred_bytes
+        if now.protection and not self._told:
+            self._view.note(protection(now))
+            self._told = True
+        if now.state.value != "outcome_unknown":
+            self._unsettled_since = None
+            return now.finished
+        self._unsettled_since = self._unsettled_since or time.monotonic()
+        return now.finished or time.monotonic() - self._unsettled_since >= UNSETTLED_S
