@@ -203,6 +203,8 @@ def test_while_all_members_are_away_a_call_waits_for_one_of_them_and_names_each(
                     rest(provider)
             assert asked == [[1, 1, 1], [2, 1, 1], [2, 2, 1], [2, 2, 2]], "one at a time, and each in its turn"
             hangs = False
+            for member in provider._members:
+                member._answer_s = PATIENT_S
             assert (await provider.get(key_id)).reveal() == store.materials[key_id], "no pause is waited for"
 
     asyncio.run(main())

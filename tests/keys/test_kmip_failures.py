@@ -11,7 +11,7 @@ from sealift.keys.kmip import MAX_LOCATED
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.provider import KeyState, new_key
 from sealift.keys.ttlv import Item
-from support.kmip_place import SHORT_S, Place, always, failing_on, make_place, members, raising
+from support.kmip_place import PATIENT_S, SOON_S, Place, always, failing_on, make_place, members, raising
 from support.kmip_server import Answer, Die, Hang, Store, refusal
 
 
@@ -29,7 +29,8 @@ def test_a_key_whose_id_was_lost_is_found_and_no_second_one_made(place: Place, f
     loses = store.answers(after=failing_on(Operation.CREATE, failure))
 
     async def main() -> None:
-        async with members(place, loses, store.answers(), answer_s=SHORT_S) as (provider, (first, second)):
+        answer_s = SOON_S if isinstance(failure, Hang) else PATIENT_S
+        async with members(place, loses, store.answers(), answer_s=answer_s) as (provider, (first, second)):
             assert await provider.create("vm one") == "key-1"
             assert first.asked == [Operation.CREATE]
             assert Operation.CREATE not in second.asked

@@ -23,7 +23,7 @@ from sealift.keys.kmip_link import connect, parse_address
 from sealift.keys.kmip_messages import MAX_ANSWER_BYTES
 from sealift.keys.kmip_numbers import Operation, Tag
 from sealift.keys.ttlv import Item, ItemType, encode, structure, text
-from support.kmip_place import PATIENT_S, SHORT_S, Place, always, make_place, members, provider_of, raising
+from support.kmip_place import PATIENT_S, SHORT_S, SOON_S, Place, always, make_place, members, provider_of, raising
 from support.kmip_server import (
     Answer,
     Die,
@@ -266,10 +266,12 @@ def test_a_server_that_hangs_or_dies_in_its_answer_is_given_up(place: Place, fai
     store.add("vm", 2)
 
     async def main() -> None:
-        async with members(place, raising(failure), answer_s=SHORT_S) as (provider, _):
+        answer_s = SHORT_S if isinstance(failure, Hang) else PATIENT_S
+        async with members(place, raising(failure), answer_s=answer_s) as (provider, _):
             with pytest.raises(ProviderUnreachable, match=why):
                 await provider.get("key-1")
-        async with members(place, raising(failure), store.answers(), answer_s=SHORT_S) as (provider, (bad, _)):
+        answer_s = SOON_S if isinstance(failure, Hang) else PATIENT_S
+        async with members(place, raising(failure), store.answers(), answer_s=answer_s) as (provider, (bad, _)):
             for _ in range(3):
                 assert (await provider.get("key-1")).reveal() == store.materials["key-1"]
             assert bad.asked == [_GET], "it is left alone after it failed"

@@ -16,7 +16,9 @@ from support.kmip_server import Answer, Saying, client, saying, server_context
 PATIENT_S = 20.0
 """For servers that answer: on a machine that does something else, an answer may take seconds."""
 SHORT_S = 1.0
-"""For those that do not."""
+"""For those that do not, where no other has to answer meanwhile."""
+SOON_S = 4.0
+"""For those that do not, beside one that does."""
 
 
 @dataclass
