@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ("support.guest", "support.command_line")
+
+# A machine that stalls for a moment makes one example slow, and none wrong.
+settings.register_profile("sealift", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sealift")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ from sealift.errors import SealiftError, StaleFence
 from sealift.hypervisor.process import ProcessRef
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from(range(2)), st.integers(0, 5)), max_size=12))
 def test_a_fence_never_goes_back_also_over_a_restart(tmp_path: Path, orders: list[tuple[int, int]]) -> None:
     path = tmp_path / f"{uuid4()}.db"

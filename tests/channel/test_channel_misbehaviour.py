@@ -277,7 +277,7 @@ def test_a_receiver_that_met_a_forged_record_forgets_its_buffers():
     assert b"secret" not in bytes(both.target.receive._opened)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(garbage=st.binary(max_size=200), late=st.booleans())
 def test_garbage_is_never_delivered(garbage, late):
     both = opened() if late else pair()

@@ -25,7 +25,7 @@ from sealift.errors import RecordUnexpected, StreamTruncated
 from support.channel_pair import SPEC, data, deliver, opened, pair, payloads
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     chunks=st.lists(st.binary(min_size=1, max_size=300), max_size=12),
     cuts=st.lists(st.integers(0, 4000), max_size=40),
@@ -44,7 +44,7 @@ def test_any_cut_of_the_stream_gives_the_same_stream(chunks, cuts, records, buff
     assert both.target.receive.rekeys == both.source.send.rekeys
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cuts=st.lists(st.integers(1, 3 * MAX_PAYLOAD), max_size=6), buffer_bytes=st.sampled_from([64, 1 << 18, 1 << 21]))
 def test_longest_records_pass_through_any_buffer(cuts, buffer_bytes):
     both = opened(buffer_bytes=buffer_bytes)

@@ -100,7 +100,7 @@ cuts = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(forth=st.integers(0, 90_000), back=st.integers(0, 5_000), cuts=cuts)
 def test_cut_at_any_byte_both_ways_with_any_acknowledgements_the_stream_is_exact(forth, back, cuts) -> None:
     """Each cut: how many bytes arrive forth and back, how much is read locally, and who acknowledges."""

@@ -21,7 +21,7 @@ values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_si
 messages = st.dictionaries(st.text(max_size=8), values, max_size=4).map(lambda m: m | {"type": "READY"})
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(messages, max_size=5), st.integers(1, 50))
 def test_frames_survive_any_cutting(sent: list[dict], size: int) -> None:
     stream = b"".join(encode_frame(m) for m in sent)
