@@ -17,9 +17,9 @@ from sealift.errors import (
     ProviderUnreachable,
 )
 from sealift.keys import kmip_messages, kmip_trust
-from sealift.keys.kmip import KmipProvider
 from sealift.keys.kmip_messages import Call, Version
 from sealift.keys.provider import KeyState, MemberHealth, new_key
+from support.kmip_place import SILENT_S, patient
 from support.kmip_server import client
 
 
@@ -40,7 +40,7 @@ def known(servers: KmipServers, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_it_keeps_every_promise_of_a_key_provider(servers: KmipServers, known: Path) -> None:
-    asyncio.run(check_key_provider(lambda: KmipProvider("kms", servers.members, known)))
+    asyncio.run(check_key_provider(lambda: patient(known, *servers.members)))
 
 
 @pytest.mark.parametrize("version", [(1, 3), (1, 2)])
@@ -57,14 +57,14 @@ def test_it_keeps_them_in_older_versions_too(
 
     monkeypatch.setattr(kmip_messages, "VERSIONS", (only,))
     monkeypatch.setattr(Call, "request", spy)
-    asyncio.run(check_key_provider(lambda: KmipProvider("kms", servers.members, known)))
+    asyncio.run(check_key_provider(lambda: patient(known, *servers.members)))
     assert spoken[only] > 50
     assert set(spoken) <= {only, Version(1, 2)}, "in 1.2 it is asked what to speak"
 
 
 def test_members_have_each_others_keys(servers: KmipServers, known: Path) -> None:
     async def main() -> None:
-        first, second = (KmipProvider("kms", [member], known) for member in servers.members)
+        first, second = (patient(known, member) for member in servers.members)
         key_id = await new_key(first, "members have each other's keys")
         assert (await first.get(key_id)).reveal() == (await second.get(key_id)).reveal()
         await second.destroy(key_id)
@@ -78,7 +78,7 @@ def test_members_have_each_others_keys(servers: KmipServers, known: Path) -> Non
 
 def test_members_may_go_and_come_back(servers: KmipServers, known: Path) -> None:
     async def main() -> None:
-        provider = KmipProvider("kms", servers.members, known)
+        provider = patient(known, *servers.members)
         key_id = await new_key(provider, "members may go and come back")
         key = (await provider.get(key_id)).reveal()
         one, other = servers.members
@@ -115,13 +115,16 @@ def test_members_may_go_and_come_back(servers: KmipServers, known: Path) -> None
 
 def test_a_member_that_hangs_is_given_up(servers: KmipServers, known: Path) -> None:
     async def main() -> None:
-        provider = KmipProvider("kms", servers.members, known, connect_s=2, answer_s=2)
+        provider = patient(known, *servers.members)
         key_id = await new_key(provider, "a member that hangs is given up")
         servers.pause(0)
+        paused = provider._members[0]
+        (kept,) = paused._idle
+        paused._connect_s = paused._answer_s = kept._answer_s = SILENT_S
         try:
             assert len((await provider.get(key_id)).reveal()) == 32
             (hanging, well) = (await provider.probe()).members
-            assert (hanging.ok, hanging.message) == (False, "no connection within 2 s")
+            assert (hanging.ok, hanging.message) == (False, f"no connection within {SILENT_S} s")
             assert well.ok
         finally:
             servers.resume(0)
@@ -139,15 +142,15 @@ def test_another_client_gets_nothing_and_is_told_why(servers: KmipServers, known
     kmip_trust.generate(unknown, "sealift-controller")
 
     async def main() -> None:
-        provider = KmipProvider("kms", servers.members, known)
+        provider = patient(known, *servers.members)
         key_id = await new_key(provider, "of the first client")
-        stranger = KmipProvider("kms", servers.members, other)
+        stranger = patient(other, *servers.members)
         with pytest.raises(ProviderRefused, match=r"refused to get key \d+: .*: permission denied") as refused:
             await stranger.get(key_id)
         await stranger.close()
         assert servers.members[1] not in refused.value.what, "a server that says no is not asked around"
         with pytest.raises(ProviderRefused, match=r"does not take our certificate: .*unknown ca"):
-            await KmipProvider("kms", servers.members, unknown).get(key_id)
+            await patient(unknown, *servers.members).get(key_id)
         await provider.close()
 
     asyncio.run(main())
@@ -160,7 +163,7 @@ def test_the_servers_own_certificate_can_be_pinned(servers: KmipServers, known: 
 
     async def asked(pinned: str) -> str:
         kmip_trust.pin(known, pinned)
-        provider = KmipProvider("kms", servers.members, known)
+        provider = patient(known, *servers.members)
         try:
             return (await provider.probe()).message
         finally:
@@ -179,7 +182,7 @@ def test_a_provider_without_a_certificate_says_so(servers: KmipServers, tmp_path
     kmip_trust.request(tmp_path, "sealift-controller")
 
     async def main() -> None:
-        provider = KmipProvider("kms", servers.members, tmp_path)
+        provider = patient(tmp_path, *servers.members)
         with pytest.raises(ProviderUnreachable, match="there is no client certificate yet"):
             await provider.create("never made")
         assert "there is no client certificate yet" in (await provider.probe()).message
@@ -195,7 +198,7 @@ def test_a_certificate_made_here_is_good_once_a_server_trusts_it(tmp_path: Path)
         trusted.write(kmip_trust.generate(directory, "sealift-controller"))
 
     async def main() -> None:
-        provider = KmipProvider("kms", servers.members, directory)
+        provider = patient(directory, *servers.members)
         key_id = await new_key(provider, "made by who signed himself")
         assert len((await provider.get(key_id)).reveal()) == 32
         await provider.close()

@@ -19,7 +19,19 @@ from sealift.keys.kmip_messages import Call
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.ttlv import Item
 from sealift.secret import Secret
-from support.kmip_place import PATIENT_S, SHORT_S, Place, always, failing_on, make_place, members, provider_of, raising
+from support.kmip_place import (
+    PATIENT_S,
+    SILENT_S,
+    Place,
+    SilentMember,
+    always,
+    failing_on,
+    make_place,
+    members,
+    patient,
+    provider_of,
+    raising,
+)
 from support.kmip_server import Die, Hang, Store, key_item, message, saying, server_context, versions
 
 
@@ -90,8 +102,11 @@ def test_a_closed_provider_keeps_no_connection(place: Place) -> None:
 def test_a_kept_connection_that_falls_silent_is_not_tried_twice(place: Place) -> None:
     async def main() -> None:
         silent = Store().answers(before=failing_on(Operation.GET, Hang()))
-        async with members(place, silent, answer_s=SHORT_S) as (provider, (server,)):
+        async with members(place, silent) as (provider, (server,)):
             assert await provider.locate("vm") == []
+            (member,) = provider._members
+            (kept,) = member._idle
+            kept._answer_s = SILENT_S
             with pytest.raises(ProviderUnreachable, match="does not answer within"):
                 await provider.get("key-1")
             assert server.connections == 1
@@ -113,7 +128,7 @@ def test_the_name_that_is_checked_is_the_one_that_was_configured(place: Place, t
             (named, "127.0.0.1", False),
         ):
             async with saying(server_context(place.authority, certificate), store.answers()) as server:
-                provider = KmipProvider("kms", [f"{host}:{server.port}"], place.client)
+                provider = patient(place.client, f"{host}:{server.port}")
                 if right:
                     await provider.get(key_id)
                 else:
@@ -189,7 +204,7 @@ def test_while_all_members_are_away_a_call_waits_for_one_of_them_and_names_each(
 
     async def main() -> None:
         nonlocal hangs
-        async with members(place, *[store.answers(before=hook)] * 3, answer_s=SHORT_S) as (provider, servers):
+        async with members(place, *[store.answers(before=hook)] * 3, silent=range(3)) as (provider, servers):
             asked: list[list[int]] = []
             for number in range(4):
                 with pytest.raises(ProviderUnreachable) as gone:
@@ -204,7 +219,8 @@ def test_while_all_members_are_away_a_call_waits_for_one_of_them_and_names_each(
             assert asked == [[1, 1, 1], [2, 1, 1], [2, 2, 1], [2, 2, 2]], "one at a time, and each in its turn"
             hangs = False
             for member in provider._members:
-                member._answer_s = PATIENT_S
+                assert isinstance(member, SilentMember)
+                member.waits_s = PATIENT_S
             assert (await provider.get(key_id)).reveal() == store.materials[key_id], "no pause is waited for"
 
     asyncio.run(main())
@@ -237,7 +253,7 @@ def test_a_host_name_that_cannot_be_looked_up_is_a_member_that_is_away(place: Pl
     async def main() -> None:
         async with saying(server_context(place.authority, place.certificate), store.answers()) as server:
             long = "k" * 64 + ".example:5696"
-            provider = KmipProvider("kms", [long, server.member], place.client)
+            provider = patient(place.client, long, server.member)
             assert (await provider.get(key_id)).reveal() == store.materials[key_id]
             odd, well = (await provider.probe()).members
             assert (odd.ok, odd.message) == (False, "no connection: its host name is not valid")

@@ -17,13 +17,12 @@ from sealift.errors import (
     ProviderRefused,
     ProviderUnreachable,
 )
-from sealift.keys import kmip_trust
-from sealift.keys.kmip import KmipProvider
+from sealift.keys import kmip_member, kmip_trust
 from sealift.keys.kmip_link import connect, parse_address
 from sealift.keys.kmip_messages import MAX_ANSWER_BYTES
 from sealift.keys.kmip_numbers import Operation, Tag
 from sealift.keys.ttlv import Item, ItemType, encode, structure, text
-from support.kmip_place import PATIENT_S, SHORT_S, SOON_S, Place, always, make_place, members, provider_of, raising
+from support.kmip_place import PATIENT_S, Place, always, make_place, members, patient, provider_of, raising
 from support.kmip_server import (
     Answer,
     Die,
@@ -71,7 +70,7 @@ def test_an_impostor_is_asked_nothing(place: Place, tmp_path: Path, which: str) 
         right = server_context(place.authority, genuine)
         wrong = server_context(place.authority, certificate)
         async with saying(wrong, store.answers()) as impostor, saying(right, store.answers()) as server:
-            provider = KmipProvider("kms", [impostor.member, server.member], directory)
+            provider = patient(directory, impostor.member, server.member)
             assert (await provider.get(key_id)).reveal() == store.materials[key_id]
             (first, second) = (await provider.probe()).members
             assert not first.ok
@@ -79,7 +78,7 @@ def test_an_impostor_is_asked_nothing(place: Place, tmp_path: Path, which: str) 
             assert second.ok
             await provider.close()
 
-            alone = KmipProvider("kms", [impostor.member], directory)
+            alone = patient(directory, impostor.member)
             with pytest.raises(ProviderImpostor, match=f"kms cannot get key {key_id}: {impostor.member}: it cannot"):
                 await alone.get(key_id)
             assert impostor.plaintext == 0
@@ -255,23 +254,25 @@ def test_a_server_whose_tls_is_older_than_1_2_is_asked_nothing(place: Place) -> 
 @pytest.mark.parametrize(
     ("failure", "why"),
     [
-        (Hang(), "does not answer within 1 s"),
+        (Hang(), "does not answer within 0.3 s"),
         (Die(), "closed the connection"),
         (Die(message(_GET, *key_item("key-1", MATERIAL))[:100]), "closed the connection"),
         (Die(b"\x42\x00\x7b"), "closed the connection"),
     ],
 )
-def test_a_server_that_hangs_or_dies_in_its_answer_is_given_up(place: Place, failure: Exception, why: str) -> None:
+def test_a_server_that_hangs_or_dies_in_its_answer_is_given_up(
+    place: Place, failure: Exception, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kmip_member, "FIRST_PAUSE_S", 30.0)  # no pause ends between two calls
     store = Store()
     store.add("vm", 2)
+    silent = [0] if isinstance(failure, Hang) else []
 
     async def main() -> None:
-        answer_s = SHORT_S if isinstance(failure, Hang) else PATIENT_S
-        async with members(place, raising(failure), answer_s=answer_s) as (provider, _):
+        async with members(place, raising(failure), silent=silent) as (provider, _):
             with pytest.raises(ProviderUnreachable, match=why):
                 await provider.get("key-1")
-        answer_s = SOON_S if isinstance(failure, Hang) else PATIENT_S
-        async with members(place, raising(failure), store.answers(), answer_s=answer_s) as (provider, (bad, _)):
+        async with members(place, raising(failure), store.answers(), silent=silent) as (provider, (bad, _)):
             for _ in range(3):
                 assert (await provider.get("key-1")).reveal() == store.materials["key-1"]
             assert bad.asked == [_GET], "it is left alone after it failed"

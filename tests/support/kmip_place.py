@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from sealift.demo.kmip import ServerAuthority
 from sealift.keys.kmip import KmipProvider
+from sealift.keys.kmip_link import Link
+from sealift.keys.kmip_member import Member
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.ttlv import Item
 from support.kmip_server import Answer, Saying, client, saying, server_context
 
 PATIENT_S = 20.0
 """For servers that answer: on a machine that does something else, an answer may take seconds."""
-SHORT_S = 1.0
-"""For those that do not, where no other has to answer meanwhile."""
-SOON_S = 4.0
-"""For those that do not, beside one that does."""
+SILENT_S = 0.3
+"""For those of which it is known that they do not."""
+
+_T = TypeVar("_T")
+
+
+class SilentMember(Member):
+    """A server that falls silent: its connections have their time to come about, its answers only ``waits_s``."""
+
+    waits_s = SILENT_S
+
+    async def _step(self, link: Link, step: Callable[[Link], Awaitable[_T]]) -> _T:
+        link._answer_s = self.waits_s
+        return await super()._step(link, step)
 
 
 @dataclass
@@ -42,20 +55,28 @@ def make_place(root: Path) -> Place:
 
 @asynccontextmanager
 async def members(
-    place: Place, *answers: Answer, greets: bool = True, answer_s: float = PATIENT_S
+    place: Place, *answers: Answer, greets: bool = True, silent: Collection[int] = ()
 ) -> AsyncIterator[tuple[KmipProvider, list[Saying]]]:
-    """A provider whose servers answer so."""
+    """A provider whose servers answer so; those that are ``silent``, counted from 0, are not waited for long."""
     context = server_context(place.authority, place.certificate)
     async with AsyncExitStack() as stack:
         found = [await stack.enter_async_context(saying(context, answer, greets=greets)) for answer in answers]
-        provider = provider_of(place, *found, answer_s=answer_s)
+        provider = provider_of(place, *found)
+        for which in silent:
+            address = provider._members[which].address
+            provider._members[which] = SilentMember(address, place.client, connect_s=PATIENT_S, answer_s=PATIENT_S)
         stack.push_async_callback(provider.close)
         yield provider, found
 
 
-def provider_of(place: Place, *servers: Saying, answer_s: float = PATIENT_S) -> KmipProvider:
+def provider_of(place: Place, *servers: Saying) -> KmipProvider:
     """A provider of these servers."""
-    return KmipProvider("kms", [each.member for each in servers], place.client, connect_s=PATIENT_S, answer_s=answer_s)
+    return patient(place.client, *(each.member for each in servers))
+
+
+def patient(directory: Path, *members: str) -> KmipProvider:
+    """The provider kms of the client in ``directory``, of servers that have as long as they need."""
+    return KmipProvider("kms", members, directory, connect_s=PATIENT_S, answer_s=PATIENT_S)
 
 
 def always(raw: bytes) -> Answer:
