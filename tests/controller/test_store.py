@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import stat
+import threading
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, event, inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from sealift.controller.events import EventLog, Happening
@@ -45,6 +48,51 @@ def test_no_update_is_lost(tmp_path: Path) -> None:
         await store.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("statement", ["select pause() union all select 2", "update events set text = pause()"])
+def test_who_is_cancelled_in_a_statement_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statement: str
+) -> None:
+    monkeypatch.setattr("sealift.controller.store.BUSY_TIMEOUT_MS", 500)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def pause() -> int:
+        begun.set()
+        return go_on.wait(60)
+
+    def on_connect(dbapi: Any, _record: object) -> None:
+        dbapi.run_async(lambda connection: connection.create_function("pause", 0, pause))
+
+    async def main() -> None:
+        store = await open_store(tmp_path / "db")
+        log = EventLog(store)
+        async with log.transaction() as session:
+            log.add(session, Happening("test", "kept"))
+        await store._engine.dispose()
+        event.listen(store._engine.sync_engine, "connect", on_connect)
+
+        async def ask() -> None:
+            async with store.transaction() as session:
+                await session.execute(text(statement))
+
+        asking = asyncio.create_task(ask())
+        await asyncio.to_thread(begun.wait, 60)
+        asking.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        async with log.transaction() as session:
+            log.add(session, Happening("test", "next"))
+        assert [row.text for row in await log.after(0)] == ["kept", "next"]
+        await store.close()
+
+    gc.disable()  # which may free what the cancelled statement holds, or may not
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
 
 
 def test_the_revisions_make_what_the_models_say(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The controller's database: SQLite through SQLAlchemy's asyncio engine, its schema kept by Alembic.
 
 Every transaction begins with BEGIN IMMEDIATE. With the driver's default (a deferred transaction) two tasks can both
-read a row and then both write it, and one of the writes is lost.
+read a row and then both write it, and one of the writes is lost. So whoever has a transaction has the only lock, and
+must not take it to the grave: see ``_on_invalidate``.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+log = structlog.get_logger("sealift.store")
 
 BUSY_TIMEOUT_MS = 10_000
 
@@ -27,6 +31,7 @@ class Store:
         self._engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
         event.listen(self._engine.sync_engine, "connect", _on_connect)
         event.listen(self._engine.sync_engine, "begin", _on_begin)
+        event.listen(self._engine.sync_engine, "invalidate", _on_invalidate)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
 
     @asynccontextmanager
@@ -83,3 +88,15 @@ def _on_connect(dbapi: DBAPIConnection, _record: object) -> None:
 
 def _on_begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _on_invalidate(dbapi: DBAPIConnection, _record: object, _error: object) -> None:
+    """Give up the lock of a connection that is about to be thrown away, as after a task was cancelled in a statement.
+
+    SQLite closes a connection, and with it a transaction, when its last statement goes. A cancelled one may wait for
+    the garbage collector, and nobody could use the database until then. The roll-back is queued behind it.
+    """
+    try:
+        dbapi.rollback()
+    except Exception as error:
+        log.warning("a transaction could not be rolled back", error=str(error))
