@@ -195,7 +195,7 @@ class Hypervisor(Protocol):
     async def accelerators(self) -> tuple[Accelerator, ...]:
         """The accelerators that this host's configuration allows and that really ran a virtual CPU; best first.
 
-        Probed once for each installed binary: up to 2 s for one that hangs.
+        Each is probed until it did so once, not again within ten minutes: 2 s for a KVM that hangs.
         """
 
     async def freeze(self, config: VmConfig) -> HardwareRecord:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -38,6 +39,8 @@ from sealift.hypervisor.unlock import check_held, unlock
 __all__ = ["QemuHypervisor", "QemuVm"]
 
 _START_S = 10.0
+_AGAIN_S = 600.0
+"""An accelerator that failed its probe is probed again after this long: the host may just have been too busy."""
 _QUOTED_LINES, _QUOTED_BYTES = 5, 4096
 
 
@@ -70,7 +73,7 @@ class QemuHypervisor:
         self._accelerator = accelerator
         self._lock = asyncio.Lock()
         self._facts: dict[tuple[object, ...], _Facts] = {}
-        self._working: dict[tuple[object, ...], tuple[Accelerator, ...]] = {}
+        self._probed: dict[tuple[object, ...], tuple[bool, float]] = {}
 
     def _find(self) -> tuple[str, tuple[object, ...]]:
         """The binary's path, and what changes when another is installed."""
@@ -140,14 +143,17 @@ class QemuHypervisor:
     async def accelerators(self) -> tuple[Accelerator, ...]:
         async with self._lock:
             path, identity = self._find()
-            if identity not in self._working:
-                wanted = (
-                    (Accelerator.KVM, Accelerator.TCG)
-                    if self._accelerator is Accelerator.AUTO
-                    else (self._accelerator,)
-                )
-                self._working[identity] = tuple([each for each in wanted if await runs_vcpu(path, each)])
-            return self._working[identity]
+            wanted = (
+                (Accelerator.KVM, Accelerator.TCG) if self._accelerator is Accelerator.AUTO else (self._accelerator,)
+            )
+            return tuple([each for each in wanted if await self._runs(each, path, identity)])
+
+    async def _runs(self, accelerator: Accelerator, path: str, identity: tuple[object, ...]) -> bool:
+        ran, at = self._probed.get((accelerator, *identity), (False, float("-inf")))
+        if not ran and time.monotonic() - at >= _AGAIN_S:
+            ran = await runs_vcpu(path, accelerator)
+            self._probed[accelerator, *identity] = ran, time.monotonic()
+        return ran
 
     async def freeze(self, config: VmConfig) -> HardwareRecord:
         return hardware.record(
@@ -166,7 +172,10 @@ class QemuHypervisor:
         if self._accelerator not in (Accelerator.AUTO, wanted) and wanted is not Accelerator.AUTO:
             todo = f"this host is configured for {self._accelerator.value}"
         else:
-            todo = "it runs no virtual CPU here within 2 s; use another accelerator, or another host"
+            todo = (
+                "a short test guest did not run on it in time; use another accelerator, or another host; it is tested "
+                f"again {_AGAIN_S / 60:.0f} min after it failed"
+            )
         asked = self._accelerator if wanted is Accelerator.AUTO else wanted
         raise AcceleratorUnavailable(f"VM {name}: accelerator {asked.value} is not to be had on this host", todo=todo)
 
