@@ -54,9 +54,10 @@ def broken(order: MoveOrder) -> list[dict[str, object]]:
     ]
 
 
-def long_copy(order: MoveOrder) -> list[dict[str, object]]:
-    """A source that copies for a while before all goes well."""
-    return [line(MoveState.PRECOPY, progress=COPYING)] * 60 + straight_source(order)[2:]
+def go_well(deployment: Deployment) -> None:
+    """Have the move that copies come to a good end."""
+    (there,), (here,) = deployment.b.moves.values(), deployment.a.moves.values()
+    there.script, here.script = straight_target(there.order)[4:], straight_source(here.order)[3:]
 
 
 def test_a_sealed_move_ends_with_one_line_that_says_so(deployment: Deployment, sealift: CommandLine) -> None:
@@ -122,8 +123,7 @@ def test_an_interrupted_link_is_seen_while_it_lasts_and_afterwards(
         assert listed["link_down"]["left_s"] == 48
         record = sealift.says("migration", "show", listed["id"])
         assert "link to b down for 12.0 s, giving up in 48.0 s, link interrupted twice, 3 reconnects" in record
-        (there,), (here,) = deployment.b.moves.values(), deployment.a.moves.values()
-        there.script, here.script = straight_target(there.order)[4:], straight_source(here.order)[3:]
+        go_well(deployment)
         shown.end()
     record = sealift.json("migration", "show", listed["id"])
     assert (record["outages"], record["reconnects"], record["link_down"]) == (2, 3, None)
@@ -235,9 +235,10 @@ def test_a_wrong_wish_asks_nothing_of_the_controller(sealift: CommandLine, words
 
 
 def test_the_bar_shows_phase_bytes_rate_and_time_left(deployment: Deployment, sealift: CommandLine) -> None:
-    deployment.a.source_script = long_copy
+    copy_on(deployment)
     with terminal(sealift, "migrate", "web", "--to", "b") as shown:
         shown.until(r"precopy[^\n]*768 MiB, 95\.4 MiB/s, 5\.4 s left")
+        go_well(deployment)
         assert shown.end() == 0
         assert re.search(r"runs on b: .*sealed.* with AES-256-GCM", shown.text.splitlines()[-1])
 

@@ -10,7 +10,9 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -108,7 +110,8 @@ def guest(guest_image: GuestImage, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_it_ticks_without_a_gap_in_numbers_and_close_to_the_asked_rate(guest: Guest) -> None:
     ticks = [(int(match[1]), int(match[2])) for match in guest.until(r"TICK (\d+) (\d+)", 100)]
     assert [n for n, _ in ticks] == list(range(ticks[0][0], ticks[0][0] + 100))
-    assert (ticks[-1][1] - ticks[0][1]) / 99 == pytest.approx(20, rel=0.5)
+    gaps = [later - earlier for (_, earlier), (_, later) in pairwise(ticks)]
+    assert median(gaps) == pytest.approx(20, rel=0.5), "however long the machine stood still in one of them"
 
 
 def test_it_finds_its_own_pages_right_while_it_rewrites_them(guest: Guest) -> None:
