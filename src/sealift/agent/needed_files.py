@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from uuid import UUID
 
 from sealift.agent.durable import link_into_place, sync_directory
+from sealift.agent.new_images import Seen
 from sealift.domain.vm import Disk, VmConfig
 from sealift.errors import AlreadyExists, Conflict, HypervisorError, NotFound
 from sealift.hypervisor.images import Images
@@ -52,25 +53,25 @@ def to_be_made(config: VmConfig) -> frozenset[str]:
 async def make_images(config: VmConfig, images: Images) -> None:
     """Make, empty and in clear, each image in clear that has a size and is not there; all of them or none.
 
+    One that somebody has written to since is not removed again: another host may have taken it for its own VM's.
     Raises what ``Images.create`` raises, AlreadyExists too for a file that came meanwhile.
     """
-    made: list[str] = []
+    made: dict[str, Seen] = {}
     try:
         for disk in await in_own_thread(_missing, config):
-            await _make(disk, config.uuid, images)
-            made.append(disk.path)
+            made[disk.path] = await _make(disk, config.uuid, images)
     except BaseException:
-        await in_own_thread(_unlink, made)
+        await in_own_thread(_unlink_unchanged, made)
         raise
 
 
-async def _make(disk: Disk, vm: UUID, images: Images) -> None:
+async def _make(disk: Disk, vm: UUID, images: Images) -> Seen:
     """Under another name, the VM's own: what an agent leaves that ends meanwhile is never taken for the image."""
     new = os.path.join(os.path.dirname(disk.path), f".sealift-{vm.hex}")
     await in_own_thread(_unlink, [new])
     await images.create(new, disk.format, disk.size_bytes, None)
     try:
-        await in_own_thread(_put, new, disk.path)
+        return await in_own_thread(_put, new, disk.path)
     except FileExistsError:
         raise AlreadyExists(f"there is a file at {disk.path} already", todo="look who made it") from None
     except OSError as error:
@@ -79,15 +80,24 @@ async def _make(disk: Disk, vm: UUID, images: Images) -> None:
         await in_own_thread(_unlink, [new])
 
 
-def _put(new: str, path: str) -> None:
+def _put(new: str, path: str) -> Seen:
+    seen = Seen.of(os.lstat(new))
     link_into_place(new, path)
     sync_directory(Path(path).parent)
+    return seen
 
 
 def _unlink(paths: list[str]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):  # not there, or a later definition removes it
             os.unlink(path)
+
+
+def _unlink_unchanged(made: Mapping[str, Seen]) -> None:
+    for path, seen in made.items():
+        with contextlib.suppress(OSError):
+            if Seen.of(os.lstat(path)) == seen:
+                os.unlink(path)
 
 
 def _missing(config: VmConfig) -> list[Disk]:

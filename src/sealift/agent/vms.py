@@ -16,6 +16,7 @@ from uuid import UUID
 import structlog
 
 from sealift.agent.commitlog import let_go_by
+from sealift.agent.definitions import Definitions
 from sealift.agent.journal import Journal, VmRow
 from sealift.agent.needed_files import check_files, make_images, refuse_taken, to_be_made
 from sealift.agent.settings import AgentSettings
@@ -64,7 +65,7 @@ class Vms:
         self._rows = journal.vms()
         self._handles: dict[UUID, Vm] = {}
         self._locks: dict[UUID, asyncio.Lock] = {}
-        self._defining = asyncio.Lock()
+        self._definitions = Definitions(settings.name)
         self.busy: set[UUID] = set()
         self.converting: dict[UUID, UUID] = {}  # VM -> conversion
 
@@ -111,8 +112,9 @@ class Vms:
         return vm in self._rows
 
     def row(self, vm: UUID) -> VmRow:
-        """A VM of this host; raises NotFound."""
+        """A VM of this host; raises NotFound, Conflict for one that is only just being defined."""
         if vm not in self._rows:
+            self._definitions.refuse(vm)
             raise NotFound(f"host {self._settings.name} has no VM {vm}")
         return self._rows[vm]
 
@@ -180,10 +182,9 @@ class Vms:
         from the beginning. Raises AlreadyExists, NotFound for a file it names that is not there, Conflict
         for a disk that another VM here has, InvalidInput.
         """
-        async with self._defining:
-            if config.uuid in self._rows or config.uuid in self.busy:
-                raise AlreadyExists(f"host {self._settings.name} has VM {config.uuid} already")
-            others = [row.config for row in self._rows.values()]
+        if config.uuid in self._rows or config.uuid in self.busy:
+            raise AlreadyExists(f"host {self._settings.name} has VM {config.uuid} already")
+        with self._definitions.claim(config, [row.config for row in self._rows.values()]) as others:
             await in_own_thread(refuse_taken, config, others, self._settings.name)
             found = from_order(file, config.uuid) if file else None
             if (found.config if found else ()) != (config if config.deks else ()):
