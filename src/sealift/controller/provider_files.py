@@ -6,6 +6,7 @@ provider's: what is being built or thrown away has such a name, and what a crash
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -46,10 +47,11 @@ class ProviderFiles:
 
     @contextmanager
     def placing(self, built: Path, name: str) -> Iterator[None]:
-        """What was built is the directory of ``name`` from here on, unless the block raises.
+        """What was built is the directory of ``name`` from here on, durably, unless the block raises.
 
         Raises Conflict when there is one already, which may hold keys: a crash in the block, or a database of before,
-        leaves one without a provider.
+        leaves one without a provider. So does a task that is cancelled in it, whose commit may have been carried out:
+        a provider without its directory would be worse.
         """
         place = self.of(name)
         if place.exists():
@@ -57,9 +59,10 @@ class ProviderFiles:
                 f"{place} is there already, though there is no key provider {name}", todo="move that directory away"
             )
         built.rename(place)
+        _sync(self.root)
         try:
             yield
-        except BaseException:
+        except Exception:
             place.rename(built)
             raise
 
@@ -77,6 +80,14 @@ class ProviderFiles:
 
     def _aside(self) -> Path:
         return self.root / (_ASIDE + secrets.token_hex(8))
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def build_native(directory: Path, name: str, kdk: Secret) -> None:
