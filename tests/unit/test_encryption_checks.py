@@ -7,6 +7,7 @@ from uuid import UUID
 
 import pytest
 
+from sealift.domain.checks import Finding
 from sealift.domain.conversion import ConversionKind, DiskFacts
 from sealift.domain.encryption_checks import LUKS_ROOM_BYTES, ConversionFacts, check_conversion, needed_bytes
 from sealift.domain.host import HostCapabilities
@@ -59,7 +60,8 @@ def test_nothing_stands_against_it(facts: ConversionFacts) -> None:
         (replace(GOOD, config=replace(CONFIG, disks=()), images=()), "has no disk"),
         (replace(GOOD, config=replace(CONFIG, role="controller")), "could not unlock itself"),
         (replace(GOOD, runs_controller=True), "could not unlock itself"),
-        (replace(GOOD, images=(replace(IMAGE, snapshots=3), IMAGE)), "3 internal snapshots"),
+        (replace(GOOD, images=(replace(IMAGE, snapshots=1), IMAGE)), "1 internal snapshot,"),
+        (replace(GOOD, images=(replace(IMAGE, snapshots=3), IMAGE)), "3 internal snapshots,"),
         (replace(GOOD, images=(IMAGE, replace(IMAGE, backing=True))), "refers to another file"),
         (replace(GOOD, images=(replace(IMAGE, block_device=True), IMAGE)), "is a block device"),
         (replace(GOOD, images=(replace(IMAGE, error="it is gone"), IMAGE)), "it is gone"),
@@ -91,7 +93,7 @@ def test_a_disk_that_is_not_there_is_made_only_for_a_new_vm_that_is_encrypted() 
 def test_images_on_one_file_system_share_its_room() -> None:
     """One image fits, two do not; on two file systems both do."""
     room = GIB + LUKS_ROOM_BYTES
-    tight = replace(IMAGE, file_bytes=GIB, free_bytes=room)
+    tight = replace(IMAGE, content_bytes=GIB, free_bytes=room)
     assert len(found(replace(GOOD, images=(tight, tight)), "error")) == 1
     # Another directory with another figure is another place.
     disks = (RAW, replace(QCOW2, path="/other/1"))
@@ -109,12 +111,45 @@ def test_images_on_one_file_system_share_its_room() -> None:
         (REKEY, RAW, IMAGE, GIB + LUKS_ROOM_BYTES),
         (DECRYPT, RAW, IMAGE, GIB),
         (ENCRYPT, QCOW2, IMAGE, GIB // 4 + LUKS_ROOM_BYTES),
+        (ENCRYPT, QCOW2, replace(IMAGE, content_bytes=None), GIB + GIB // 4096 + LUKS_ROOM_BYTES),
         (ENCRYPT, replace(RAW, size_bytes=GIB), replace(IMAGE, exists=False), LUKS_ROOM_BYTES),
         (ENCRYPT, RAW, replace(IMAGE, exists=False), 0),
     ],
 )
 def test_the_room_that_a_new_image_needs(kind: ConversionKind, disk: Disk, image: DiskFacts, needed: int) -> None:
     assert needed_bytes(kind, disk, image) == needed
+
+
+@pytest.mark.parametrize(("kind", "encrypted"), [(ENCRYPT, True), (DECRYPT, False), (REKEY, False)])
+def test_of_a_vm_that_is_already_what_it_is_to_become_nothing_else_is_said(
+    kind: ConversionKind, encrypted: bool
+) -> None:
+    other = Finding("error", "the provider is away", "bring it back")
+    much = replace(GOOD, kind=kind, encrypted=encrypted, state=VmState.RUNNING, images=(replace(IMAGE, links=2),) * 2)
+    [finding] = check_conversion(much, [other])
+    assert finding.severity == "error"
+    assert finding.text.endswith("encrypted already" if encrypted else "not encrypted")
+
+
+def test_what_remains_is_said_when_nothing_stands_against_it() -> None:
+    other = Finding("error", "the provider is away", "bring it back")
+    assert any("was in clear" in text for text in found(GOOD, "warning"))
+    assert check_conversion(GOOD, [other]) == [other]
+    assert found(replace(GOOD, state=VmState.RUNNING), "warning") == []
+
+
+def test_the_hint_of_an_image_that_says_itself_what_to_do() -> None:
+    for todo, said in (("correct its path", "correct its path"), ("", "see that the agent can read and write it")):
+        bad = replace(IMAGE, error="it is a directory", todo=todo)
+        [finding] = check_conversion(replace(GOOD, images=(bad, IMAGE)))
+        assert (finding.severity, finding.todo) == ("error", said)
+
+
+def test_dirty_bitmaps_are_named() -> None:
+    marked = replace(IMAGE, bitmaps=tuple(f"day{number}" for number in range(7)))
+    for kind, encrypted in ((ENCRYPT, False), (DECRYPT, True), (REKEY, True)):
+        texts = found(replace(GOOD, kind=kind, encrypted=encrypted, images=(IMAGE, marked)), "warning")
+        assert sum("/store/1" in text and "day0, day1, day2, day3, day4 and 2 more" in text for text in texts) == 1
 
 
 def test_warnings() -> None:

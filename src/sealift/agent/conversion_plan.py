@@ -12,12 +12,9 @@ from sealift.agent.new_images import new_path
 from sealift.agent.vm_files import VmFile, from_order
 from sealift.domain.conversion import ConversionKind, ConversionOrder, DiskFacts
 from sealift.domain.deks import Deks
+from sealift.domain.encryption_checks import needed_bytes
 from sealift.domain.vm import Disk, VmConfig
 from sealift.errors import Conflict, ConversionFailed, DatastoreFull, InvalidInput, KeysNotHeld, NotFound
-
-_HEADERS_BYTES = 8 << 20
-"""Room for what an image has besides data: two LUKS key slots at most (2 MiB with QEMU's cryptsetup layout), first
-tables of qcow2."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def plan(order: ConversionOrder, now: VmConfig, facts: Sequence[DiskFacts], real
                 dek=after.dek,
                 make=make,
                 virtual_bytes=size,
-                needed_bytes=_needed(before.format, fact, size, make=make),
+                needed_bytes=needed_bytes(order.kind, after, fact),
             )
         )
     return steps
@@ -101,14 +98,6 @@ def _may_make(order: ConversionOrder, before: Disk, after: Disk) -> bool:
     """Whether an image that is not there is none yet, and does not lie on a datastore that is away."""
     is_first = order.is_new and order.kind is ConversionKind.ENCRYPT and before.dek is None and after.dek is not None
     return is_first and bool(after.size_bytes)
-
-
-def _needed(form: Literal["qcow2", "raw"], fact: DiskFacts, size: int, *, make: bool) -> int:
-    if make:
-        return _HEADERS_BYTES
-    if form == "raw":
-        return size + _HEADERS_BYTES
-    return int(min(size, fact.file_bytes) * 1.02) + _HEADERS_BYTES  # qcow2's tables: well under 2 % of the data
 
 
 def _refuse_image(name: str, fact: DiskFacts) -> None:
@@ -123,7 +112,7 @@ def _refuse_image(name: str, fact: DiskFacts) -> None:
         if true:
             raise Conflict(f"VM {name}: the image {fact.path} {why}", todo=todo)
     if fact.error:
-        raise ConversionFailed(f"VM {name}: the image {fact.path} cannot be read: {fact.error}")
+        raise ConversionFailed(f"VM {name}: the image {fact.path} cannot be read: {fact.error}", todo=fact.todo)
 
 
 def check_room(name: str, steps: Sequence[tuple[Step, int, int]]) -> None:

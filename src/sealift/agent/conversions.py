@@ -99,7 +99,7 @@ class Conversions:
         if file is not None:
             self._vms.files.refuse_older(order.vm, file)
         check_keys(order, now, deks)
-        facts = [await self._images.look(disk.path, disk.format) for disk in now.disks]
+        facts = await asyncio.gather(*(self._images.look(disk.path, disk.format) for disk in now.disks))
         real = await in_own_thread(real_paths, [disk.path for disk in now.disks])
         steps = plan(order, now, facts, real)
         places = [await in_own_thread(place_for, step.path, step.new, make=step.make) for step in steps]

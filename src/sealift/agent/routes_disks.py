@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Literal
 from uuid import UUID
 
@@ -44,7 +45,7 @@ def add_disks(app: FastAPI, agent: Agent) -> None:
 
     @app.post("/v1/disks/look")
     async def look(order: Look) -> list[DiskFacts]:
-        return [await agent.images.look(disk.path, disk.format) for disk in order.disks]
+        return await asyncio.gather(*(agent.images.look(disk.path, disk.format) for disk in order.disks))
 
     @app.post("/v1/markers")
     async def write(disk: MarkerPath) -> dict[str, str]:

@@ -88,7 +88,7 @@ class Planner:
             runs_controller=self.machine() == vm.uuid,
             is_new=is_new,
         )
-        plan = ConversionPlan(check_conversion(facts))
+        plan = ConversionPlan([])
         plan.total_bytes = sum(
             image.virtual_bytes or disk.size_bytes for image, disk in zip(images, config.disks, strict=True)
         )
@@ -96,7 +96,7 @@ class Planner:
             await self._open_old(plan, vm, host, status)
         if kind is not ConversionKind.DECRYPT:
             await self._find_new(plan, vm, provider)
-        plan.findings.sort(key=lambda finding: finding.severity != "error")
+        plan.findings = check_conversion(facts, plan.findings)
         return plan
 
     async def plan_shallow(self, vm: VmRow, host: HostRow, provider: str | None) -> ConversionPlan:

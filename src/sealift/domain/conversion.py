@@ -77,14 +77,15 @@ class ConversionStatus:
 class DiskFacts:
     """What a host says of one image and of where it lies, for a plan. Bytes; ``error`` says why the rest is not known.
 
-    ``virtual_bytes`` is the size the guest sees, ``file_bytes`` what the image occupies now. ``filesystem`` is the
-    type in /proc/self/mountinfo; ``shrinks``: the datastore compresses or deduplicates (btrfs, zfs, vdo).
+    ``todo`` what to do about that. ``virtual_bytes`` is the size the guest sees, ``content_bytes`` (qcow2) how much a
+    copy without compression occupies at most, a LUKS header aside; None when that is not known. ``filesystem`` is the
+    type in /proc/self/mountinfo; ``shrinks``: the datastore can compress or deduplicate (btrfs, zfs, vdo).
     """
 
     path: str
     exists: bool = False
     virtual_bytes: int = 0
-    file_bytes: int = 0
+    content_bytes: int | None = None
     free_bytes: int = 0
     filesystem: str = ""
     shrinks: bool = False
@@ -93,3 +94,5 @@ class DiskFacts:
     backing: bool = False  # refers to another file
     links: int = 1  # names of the image's file; with more than one, another keeps what is replaced here
     error: str = ""
+    todo: str = ""
+    bitmaps: tuple[str, ...] = ()  # names of the dirty bitmaps that incremental backups keep in a qcow2 image

@@ -6,7 +6,7 @@ both, and nothing else may refer to the old image or live in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -17,6 +17,9 @@ from sealift.domain.vm import Disk, VmConfig, VmState
 
 LUKS_ROOM_BYTES = 4 << 20
 """For a LUKS header (QEMU writes 2 MiB for one with AES-256-XTS) and a little metadata; also that of an empty image."""
+
+_NAMED = 5
+"""As many dirty bitmaps are named in a finding."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,19 @@ class ConversionFacts:
     is_new: bool
 
 
-def check_conversion(facts: ConversionFacts) -> list[Finding]:
-    """Every finding about a conversion, errors first."""
+def check_conversion(facts: ConversionFacts, others: Sequence[Finding] = ()) -> list[Finding]:
+    """Every finding about a conversion, errors first, with ``others`` that were made elsewhere.
+
+    Of a VM that is already what it is to become nothing else matters.
+    """
+    if done := [*_already(facts)]:
+        return done
     found = [*_vm(facts), *_guard(facts)]
     for disk, image in zip(facts.config.disks, facts.images, strict=True):
         found += _image(facts, disk, image)
-    found += [*_room(facts), *_datastores(facts), *_speed(facts), *_remains(facts)]
+    found += [*_room(facts), *others, *_datastores(facts), *_speed(facts)]
+    if not any(finding.severity == "error" for finding in found):
+        found += _remains(facts)
     return sorted(found, key=lambda finding: finding.severity != "error")
 
 
@@ -57,17 +67,21 @@ def _warning(text: str, todo: str) -> Finding:
     return Finding("warning", text, todo)
 
 
-def _vm(facts: ConversionFacts) -> Iterable[Finding]:
+def _already(facts: ConversionFacts) -> Iterable[Finding]:
     name, kind = facts.vm_name, facts.kind
     if kind is ConversionKind.ENCRYPT and facts.encrypted:
         yield _error(f"VM {name} is encrypted already", f"`sealift vm rekey {name}` gives it new keys")
     if kind is not ConversionKind.ENCRYPT and not facts.encrypted:
         yield _error(f"VM {name} is not encrypted", f"`sealift vm encrypt {name}` encrypts it")
+
+
+def _vm(facts: ConversionFacts) -> Iterable[Finding]:
+    name = facts.vm_name
     if facts.state is None:
         yield _error(f"host {facts.host_name} does not know VM {name}", "define it there again")
     elif facts.state not in (VmState.STOPPED, VmState.CRASHED):
         yield _error(
-            f"VM {name} is {facts.state.value}; the disks of a stopped VM only can be copied",
+            f"VM {name} is {facts.state.value}; only the disks of a stopped VM can be copied",
             f"`sealift vm stop {name}` first",
         )
     if not facts.config.disks:
@@ -93,7 +107,8 @@ def _image(facts: ConversionFacts, disk: Disk, image: DiskFacts) -> Iterable[Fin
     where = f"disk {disk.path} of VM {facts.vm_name}"
     if image.error:
         yield _error(
-            f"host {facts.host_name} cannot look at {where}: {image.error}", "see that the agent can read and write it"
+            f"host {facts.host_name} cannot look at {where}: {image.error}",
+            image.todo or "see that the agent can read and write it",
         )
         return
     if not image.exists:
@@ -112,13 +127,20 @@ def _image(facts: ConversionFacts, disk: Disk, image: DiskFacts) -> Iterable[Fin
         )
     if image.snapshots:
         yield _error(
-            f"{where} has {image.snapshots} internal snapshots, which a copy would lose",
+            f"{where} has {_number(image.snapshots, 'internal snapshot')}, which a copy would lose",
             "delete them with `qemu-img snapshot -d`, or keep them in a copy of the image",
         )
     if image.backing:
         yield _error(
             f"{where} refers to another file, which would stay as it is",
             "merge both into one image with `qemu-img convert`",
+        )
+    if image.bitmaps:
+        left = len(image.bitmaps) - _NAMED
+        names = ", ".join(image.bitmaps[:_NAMED]) + (f" and {left} more" if left > 0 else "")
+        yield _warning(
+            f"{where} has dirty bitmaps, which a copy loses: {names}",
+            "have a full backup made afterwards; an incremental one has nothing to go by until then",
         )
     if image.links > 1 and facts.kind is ConversionKind.ENCRYPT:
         yield _warning(
@@ -128,7 +150,7 @@ def _image(facts: ConversionFacts, disk: Disk, image: DiskFacts) -> Iterable[Fin
 
 
 def needed_bytes(kind: ConversionKind, disk: Disk, image: DiskFacts) -> int:
-    """What a new image may occupy beside the old one, at most.
+    """What a new image may occupy beside the old one, at most: for the plan, and for the host that carries it out.
 
     Within qcow2 only what was ever written is copied. A raw image has no map: as LUKS every block of it is written,
     and decrypted it may have no holes.
@@ -136,7 +158,8 @@ def needed_bytes(kind: ConversionKind, disk: Disk, image: DiskFacts) -> int:
     if not image.exists:
         return LUKS_ROOM_BYTES if disk.size_bytes else 0
     if disk.format == "qcow2":
-        return image.file_bytes + LUKS_ROOM_BYTES
+        full = image.virtual_bytes + image.virtual_bytes // 4096  # with tables, which take less than that
+        return (full if image.content_bytes is None else image.content_bytes) + LUKS_ROOM_BYTES
     return image.virtual_bytes + (0 if kind is ConversionKind.DECRYPT else LUKS_ROOM_BYTES)
 
 
@@ -167,7 +190,7 @@ def _datastores(facts: ConversionFacts) -> Iterable[Finding]:
     for disk, image in zip(facts.config.disks, facts.images, strict=True):
         if image.shrinks:
             yield _warning(
-                f"disk {disk.path} lies on {image.filesystem}, which compresses or deduplicates; "
+                f"disk {disk.path} lies on a datastore ({image.filesystem}) that can compress or deduplicate; "
                 "encrypted data does not shrink",
                 "expect it to occupy its full size; encrypt below that datastore instead if room is short",
             )
@@ -176,8 +199,8 @@ def _datastores(facts: ConversionFacts) -> Iterable[Finding]:
 def _speed(facts: ConversionFacts) -> Iterable[Finding]:
     if facts.kind is not ConversionKind.DECRYPT and not facts.host.aes_instructions:
         yield _warning(
-            f"host {facts.host_name} has no AES instructions ({facts.host.aes_gcm_gb_per_s:.2f} GB/s of AES-256-GCM "
-            "measured); encrypted disks will be slow there",
+            f"host {facts.host_name} has no AES instructions, so encrypted disks will be slow there: "
+            f"{facts.host.aes_gcm_gb_per_s:.2f} GB/s of AES-256-GCM measured, for the AES-256-XTS of the disks",
             "expect it, or move the VM to another host first",
         )
 
@@ -189,6 +212,10 @@ def _remains(facts: ConversionFacts) -> Iterable[Finding]:
             "the old image cannot be erased for sure",
             "treat that storage, its snapshots and its backups as holding the VM in clear until they are destroyed",
         )
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _mib(size_bytes: int) -> str:

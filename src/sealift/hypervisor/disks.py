@@ -85,7 +85,9 @@ def remove_marker(path: str) -> None:
 
 def _check_kind(path: str, mode: int) -> None:
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-        raise HypervisorError(f"{path} is not a disk: neither a file nor a block device")
+        raise HypervisorError(
+            f"{path} is not a disk: neither a file nor a block device", todo="correct its path in the VM file"
+        )
 
 
 def check_image(disk: Disk) -> None:

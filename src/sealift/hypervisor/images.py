@@ -17,13 +17,13 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from sealift.domain.conversion import DiskFacts
 from sealift.errors import AlreadyExists, ConversionFailed, DatastoreFull, HypervisorError, SealiftError
-from sealift.hypervisor.datastore import datastore_of
-from sealift.hypervisor.disks import check_header, read_header
+from sealift.hypervisor import image_facts
+from sealift.hypervisor.disks import check_header
 from sealift.hypervisor.image_header import ImageHeader
 from sealift.hypervisor.own_thread import in_own_thread
 from sealift.hypervisor.passphrase import LUKS_ITER_TIME_MS
@@ -131,7 +131,7 @@ class Images:
 
     async def look(self, path: str, format: Format) -> DiskFacts:
         """What can be said of an image and its datastore without its key; never raises: see ``DiskFacts.error``."""
-        return await in_own_thread(_look, path, format)
+        return await image_facts.look(path, format)
 
     async def create(self, path: str, format: Format, size_bytes: int, dek: Secret | None) -> FileId:
         """Make an image (0600) that the guest sees with ``size_bytes``, encrypted with ``dek``, or in clear for None.
@@ -195,7 +195,7 @@ class Images:
         header = await in_own_thread(_header, source)
         if header.snapshots:
             raise ConversionFailed(
-                f"{source.path} has {header.snapshots} internal snapshots, which a copy would lose",
+                f"{source.path} has internal snapshots ({header.snapshots}), which a copy would lose",
                 todo="delete them: qemu-img snapshot -d",
             )
         size = header.virtual_bytes
@@ -305,37 +305,3 @@ def _flush(path: str) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def _look(path: str, format: Format) -> DiskFacts:
-    try:
-        store = datastore_of(path)
-    except OSError as error:
-        return DiskFacts(path, error=f"{os.path.dirname(path)} cannot be seen: {error.strerror}")
-    known = DiskFacts(
-        path,
-        free_bytes=store.free_bytes,
-        filesystem=store.filesystem,
-        shrinks=store.shrinks,
-        block_device=store.block_device,
-    )
-    try:
-        found = os.stat(path)
-        occupied, links = found.st_blocks * 512, found.st_nlink
-        header = read_header(path, format)
-    except FileNotFoundError:
-        return known
-    except OSError as error:
-        return replace(known, exists=True, error=f"{path} cannot be read: {error.strerror}")
-    except HypervisorError as error:
-        return replace(known, exists=True, file_bytes=occupied, error=error.what)
-    return replace(
-        known,
-        exists=True,
-        virtual_bytes=header.virtual_bytes,
-        file_bytes=header.virtual_bytes if store.block_device else occupied,
-        snapshots=header.snapshots,
-        backing=header.refers,
-        links=links,
-        error=f"{path} is encrypted in a way that Sealift does not use" if header.other_cipher else "",
-    )

@@ -23,6 +23,7 @@ from sealift.secret import Secret
 _PROGRESS = re.compile(rb"\(([0-9]{1,3}\.[0-9]{2})/100%\)\r")
 _PROGRESS_BYTES = 64  # more than one line of progress
 _KEPT_BYTES = 4096
+_PRINTED_BYTES = 1 << 20
 _READ_BYTES = 1 << 16
 
 _IF_PARENT_LIVES = '[ "$PPID" = "$1" ] || exit 1; shift; exec "$@"'
@@ -31,10 +32,12 @@ _IF_PARENT_LIVES = '[ "$PPID" = "$1" ] || exit 1; shift; exec "$@"'
 
 @dataclass(frozen=True)
 class Ended:
-    """How a program ended; ``said`` is the end of what it wrote to stderr, on one line."""
+    """How a program ended; ``said`` is the end of what it wrote to stderr, on one line, ``printed`` the beginning of
+    what it wrote to stdout."""
 
     code: int
     said: str
+    printed: bytes = b""
 
 
 def key_id(number: int) -> str:
@@ -90,7 +93,7 @@ async def run(
         assert child.stderr is not None
         try:
             async with asyncio.TaskGroup() as reading:
-                reading.create_task(_follow(child.stdout, passphrases, on_percent))
+                printed = reading.create_task(_follow(child.stdout, passphrases, on_percent))
                 said = reading.create_task(_last(child.stderr))
             code = await child.wait()
         except BaseException:
@@ -98,14 +101,15 @@ async def run(
                 child.kill()
             await asyncio.shield(child.wait())
             raise
-    return Ended(code, said.result())
+    return Ended(code, said.result(), printed.result())
 
 
 async def _follow(
     stream: asyncio.StreamReader, passphrases: list[Passphrase], on_percent: Callable[[float], None] | None
-) -> None:
-    rest = b""
+) -> bytes:
+    rest, printed = b"", b""
     while piece := await stream.read(_READ_BYTES):
+        printed = (printed + piece)[:_PRINTED_BYTES]
         percent, rest = parse_progress(rest + piece)
         if percent is None:
             continue
@@ -113,6 +117,7 @@ async def _follow(
             passphrases.pop().empty()
         if on_percent is not None:
             on_percent(percent)
+    return printed
 
 
 async def _last(stream: asyncio.StreamReader) -> str:
