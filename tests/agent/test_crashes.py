@@ -33,8 +33,8 @@ def judge_world(world: World, carrier: Carrier, lose: str) -> list[str]:
     source, target = (report.state if isinstance(report, MoveStatus) else None for report in carrier.outcome)
     told = f"source {source}, target {target}"
     running, alive = world.running(), [qemu.host for qemu in world.qemus if qemu.alive]
-    if lose == "everything" and (source, target) == (MoveState.UNKNOWN, MoveState.READY):
-        return found  # somebody must look, and finds a complete copy that waits
+    if carrier.waits_for_somebody():
+        return found  # who finds a complete copy that waits
     if not carrier.over():
         found.append(f"it is not settled: {told}")
     if lose != "everything" and len(running) != 1:
@@ -91,4 +91,6 @@ def test_an_agent_killed_at_any_moment(worlds: Callable[[], World], tmp_path: Pa
         carrier, _ = move(world, at=(number, 0) if killed == 0 else (0, number), lose=lose)
         if found := judge_world(world, carrier, lose):
             wrong[f"{number}: {what}"] = found
+        if len(wrong) == 3:
+            break  # one that does not settle takes a while
     assert not wrong, "\n".join(f"{where}: {what}" for where, what in wrong.items())

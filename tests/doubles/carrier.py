@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from contextlib import suppress
 from typing import TypeVar
@@ -10,15 +11,18 @@ from typing import TypeVar
 from doubles.hosts import Host, Killed, World, secret
 from sealift.controller.judge import Absent, Deed, Report, judge
 from sealift.domain.lifecycle import State
-from sealift.domain.move import MOVE_FINAL, Answer, MoveOrder, MoveStatus
+from sealift.domain.move import MOVE_FINAL, Answer, MoveOrder, MoveState, MoveStatus
 from sealift.errors import NotFound, SealiftError
 
-ROUNDS = 400
+PATIENCE = 20.0
+"""Seconds that a move has to come to rest: a machine that stands still for a moment is no defect of an agent's."""
+UNCHANGED = 50
+"""So many looks in a row show that an attempt has stuck where it may."""
 _T = TypeVar("_T")
 
 
 async def bounded(call: Awaitable[_T]) -> _T:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         return await call
 
 
@@ -37,13 +41,15 @@ class Carrier:
             await self.revive()
             with suppress(Killed, SealiftError):
                 await world.a.moves.take_source(order, secret())
-        for _ in range(ROUNDS):
+        ends, stuck = time.monotonic() + PATIENCE, 0
+        while time.monotonic() < ends and stuck < UNCHANGED:
             await self.revive()
             reports = self.look(world.a), self.look(world.b)
             await self.settle(*reports)
             self.outcome = reports
             if self.over():
                 return
+            stuck = stuck + 1 if self.waits_for_somebody() else 0
             await asyncio.sleep(0.001)
 
     def over(self) -> bool:
@@ -51,6 +57,11 @@ class Carrier:
         return quiet and all(
             r is Absent.MISSING or (isinstance(r, MoveStatus) and r.state in MOVE_FINAL) for r in self.outcome
         )
+
+    def waits_for_somebody(self) -> bool:
+        """Everything at the source was lost when its copy might already have been complete: no controller ends that."""
+        states = [report.state for report in self.outcome if isinstance(report, MoveStatus)]
+        return self.lose == "everything" and states == [MoveState.UNKNOWN, MoveState.READY]
 
     async def revive(self) -> None:
         for host in (self.world.a, self.world.b):

@@ -606,7 +606,7 @@ def worlds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Worl
     monkeypatch.setattr(moves, "RelayClient", Connect)
     for module, names in (
         (watch, {"_POLL_S": 0.001}),
-        (moves, {"_AGAIN_S": 0.001, "_ANSWER_S": 2.0}),
+        (moves, {"_AGAIN_S": 0.001, "_ANSWER_S": 9.0}),
         (
             source,
             {"_CONNECT_S": 0.05, "_REASON_S": 0.001, "_RETRY_S": 0.001, "_SETTLE_S": 0.001, "_HANDED_OVER_S": 0.001},
