@@ -135,6 +135,21 @@ def test_a_deep_rekey_has_new_keys_throughout(tmp_path: Path) -> None:
     with_world(tmp_path, story)
 
 
+def test_what_failed_when_it_was_decided_already_keeps_its_key(tmp_path: Path) -> None:
+    """Somebody may have put the new image in place by hand."""
+
+    async def story(world: World) -> None:
+        await world.define()
+        world.a.vault.script = failing(decided=True)
+        row = await world.finished(await world.encrypt())
+        assert row.state == "failed"
+        assert await world.key_state(row.key_id) is KeyState.ACTIVE
+        [event] = await world.happened("conversion.key_left")
+        assert row.key_id in event.text
+
+    with_world(tmp_path, story)
+
+
 def test_what_fails_at_the_host_changes_nothing(tmp_path: Path) -> None:
     async def fails(world: World, begin: Callable[[], Awaitable[ConversionRow]]) -> None:
         before = vars(await world.row()).copy()

@@ -80,11 +80,15 @@ async def start(world: World) -> VmState | None:
     return seen.status.state if seen.status else None
 
 
-def test_one_that_was_created_encrypted_and_has_moved_since_keeps_its_key(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answers", [True, False])
+def test_one_that_was_created_encrypted_and_has_moved_since_is_kept_with_its_key(tmp_path: Path, answers: bool) -> None:
     async def story(world: World) -> None:
         row = await created(world)
         await start(world)
         await move(world)
+        if not answers:
+            with contextlib.closing(sqlite3.connect(tmp_path / "backup.db")) as database, database:
+                database.execute("update hosts set address = '127.0.0.1:1' where name = 'b'")
         await put_back(world, tmp_path / "backup.db")
         row = await world.finished(row)
         assert row.state == "failed"
@@ -92,6 +96,13 @@ def test_one_that_was_created_encrypted_and_has_moved_since_keeps_its_key(tmp_pa
         [event] = await world.happened("conversion.key_left")
         assert row.key_id in event.text
         assert row.vm in world.b.vms
+        if not answers:
+            assert (await world.row()).host == world.a.id, "nobody can say where it is"
+            return
+        assert (await world.row()).host == world.b.id, "it was found where it is"
+        await world.services.encryption.restore_config("vm1", asked_by="ann")
+        assert (await world.sight()).state == "ok"
+        assert (await world.row()).key_id == row.key_id
 
     with_world(tmp_path, story)
 

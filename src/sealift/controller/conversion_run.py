@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from uuid import UUID
 
 import structlog
 
@@ -119,7 +120,8 @@ class ConversionRun:
             await self._settle_unknown(link)
             return
         self.report = found
-        self._unused = found.state in (ConversionState.FAILED, ConversionState.CANCELLED)
+        # One that was decided and failed all the same may have left an image under the new keys.
+        self._unused = found.state in (ConversionState.FAILED, ConversionState.CANCELLED) and not found.decided
         if found.state is ConversionState.DONE:
             self.row = await self._tools.records.promote(self.row.id, {"tidied": False, **_figures(found)})
         elif found.state in CONVERSION_FINAL:
@@ -176,29 +178,46 @@ class ConversionRun:
         self, link: AgentLink, state: ConversionState, error: SealiftError, figures: dict[str, object]
     ) -> None:
         """Nothing came of it: record that, after the host was rid of a VM that was made for it."""
-        keep_vm = self.row.with_vm and not await self._rid_of_vm(link)
+        vm_at = await self._what_became_of_vm(link) if self.row.with_vm else None
         self.row = await self._tools.records.end(
-            self.row.id, state, error, {"tidied": False, **figures}, key_unused=self._unused, keep_vm=keep_vm
+            self.row.id, state, error, {"tidied": False, **figures}, key_unused=self._unused, vm_at=vm_at
         )
 
-    async def _rid_of_vm(self, link: AgentLink) -> bool:
-        """Whether the host has no VM that was made for this any more.
+    async def _what_became_of_vm(self, link: AgentLink) -> UUID | None:
+        """Rid the host of the VM that was made for this; the host that is to keep it, None when there is none.
 
-        That one is in clear and was never started. One that is encrypted, or has been started, or has had a later order
-        (so that this one's fence is stale), has a life of its own since, of which this database knows nothing.
+        The one that was made is in clear and was never started. One that is encrypted, or has been started, or has had
+        a later order (so that this one's fence is stale), has a life of its own since, of which this database knows
+        nothing; so has one that is at another host.
         """
         there = await self._at_host(link)
         if there is None:
-            return True  # it was never defined, or an earlier life of ours removed it
+            return await self._elsewhere()
         if there.config.deks or there.state is not VmState.STOPPED:
-            return False
+            return self.row.host
         try:
             await link.delete(self.row.vm, self.row.fence)
         except NotFound:
-            return True
+            return None
         except StaleFence:
-            return False
-        return True
+            return self.row.host
+        return None
+
+    async def _elsewhere(self) -> UUID | None:
+        """Where the VM is that its host does not have; a host that does not answer may have it."""
+        if self.report is not None or self._unused:
+            return None  # it was never defined, or an earlier life of ours removed it
+        keeper: UUID | None = None
+        for host in await self._tools.records.hosts():
+            if host.id == self.row.host:
+                continue
+            try:
+                if await self._at_host(self._tools.inventory.link(host)) is not None:
+                    return host.id
+            except SealiftError as error:
+                self._say("a host could not be asked for a VM", error)
+                keeper = self.row.host
+        return keeper
 
     async def _tidy(self) -> None:
         """What is left when the record is final; the host is asked again until it forgot, or is none of ours."""

@@ -170,10 +170,11 @@ class Conversions:
         fields: Mapping[str, object],
         *,
         key_unused: bool,
-        keep_vm: bool,
+        vm_at: UUID | None,
     ) -> ConversionRow:
-        """It came to nothing: the record says why, and a VM that was made for it goes with it unless ``keep_vm``.
+        """It came to nothing: the record says why, and a VM that was made for it goes with it unless a host has it.
 
+        ``vm_at``: that host, or the one that may have it.
         ``key_unused``: it is certain that nothing is under the new key, which whoever tidies up then destroys; else
         an event says that it was left. A record that is final already stays as it is.
         """
@@ -186,9 +187,14 @@ class Conversions:
             row.error_slug, row.error, row.todo = error.slug, error.what, error.todo
             row.key_unused = key_unused and bool(row.key_id)
             text = f"VM {row.vm_name} on host {row.host_name}: to {what(row)} it ended as {state.value}: {error.what}"
-            if row.with_vm and keep_vm:
-                text += "; the VM is kept, as its host has it encrypted or started, or has had later orders for it"
-            elif row.with_vm and (vm := await session.get(VmRow, row.vm)) is not None:
+            vm = await session.get(VmRow, row.vm) if row.with_vm else None
+            if vm is not None and vm_at is not None:
+                vm.host = vm_at
+                text += (
+                    "; the VM is kept, as a host has it encrypted or started, or has had later orders for it, or could "
+                    f"not be asked: see `sealift vm show {row.vm_name}`"
+                )
+            elif vm is not None:
                 await session.delete(vm)
                 text += "; the VM, which was made for it, was removed"
             self._events.add(session, _about(row, f"conversion.{state.value}", text, slug=error.slug))

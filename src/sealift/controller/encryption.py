@@ -133,7 +133,7 @@ class Encryption:
             if isinstance(error, SealiftError) and not isinstance(error, Unreachable):
                 # Refused: what the host has under that uuid, if anything, is not ours to remove.
                 row = await self._tools.records.end(
-                    row.id, ConversionState.FAILED, error, {}, key_unused=True, keep_vm=False
+                    row.id, ConversionState.FAILED, error, {}, key_unused=True, vm_at=None
                 )
             # Else it may have arrived: this ends as failed, and removes the VM.
             self._begin(row, None, never_sent=True)

@@ -106,7 +106,7 @@ class Rekeying:
 
     async def _drop(self, row: ConversionRow, refusal: SealiftError, *, key_unused: bool) -> None:
         row = await self._tools.records.end(
-            row.id, ConversionState.FAILED, refusal, {}, key_unused=key_unused, keep_vm=True
+            row.id, ConversionState.FAILED, refusal, {}, key_unused=key_unused, vm_at=None
         )
         await destroy_unused_key(self._tools, row)
 
