@@ -284,3 +284,23 @@ def test_a_host_that_lost_its_journal_and_has_the_new_images_is_believed(tmp_pat
         assert world.a.vault.files[vm] == row.after_file
 
     with_world(tmp_path, story)
+
+
+def test_a_vm_that_only_its_host_knows_to_be_encrypted_keeps_its_keys(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.define()
+        back_up(world)
+        done = await world.finished(await world.encrypt())
+        await put_back(world, tmp_path / "backup.db")
+        said = "host a has VM vm1 encrypted, and the controller knows no keys of it"
+        with pytest.raises(Conflict, match=said):
+            await world.services.inventory.delete_vm("vm1", force=False, asked_by="ann")
+        refused = await world.services.encryption.encrypt("vm1", None, verify="sample", dry_run=False, asked_by="ann")
+        assert refused.state == "refused"
+        assert said in refused.error
+        assert vm in world.a.vms
+        await world.services.encryption.restore_config("vm1", asked_by="ann")
+        assert (await world.sight()).state == "ok"
+        assert (await world.row()).key_id == done.key_id
+
+    with_world(tmp_path, story)

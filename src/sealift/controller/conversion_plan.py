@@ -17,6 +17,7 @@ from sealift.controller.link import AgentLink
 from sealift.controller.models import HostRow, VmRow
 from sealift.controller.new_vm import CONFIG
 from sealift.controller.providers import Providers
+from sealift.controller.vm_keys import unknown_keys
 from sealift.domain.checks import Finding
 from sealift.domain.conversion import ConversionKind
 from sealift.domain.encryption_checks import ConversionFacts, check_conversion
@@ -94,6 +95,8 @@ class Planner:
         )
         if vm.encrypted:
             await self._open_old(plan, vm, host, status)
+        elif unknown := unknown_keys(vm, host.name, status):
+            plan.findings.append(as_finding(unknown))
         if kind is not ConversionKind.DECRYPT:
             await self._find_new(plan, vm, provider)
         plan.findings = check_conversion(facts, plan.findings)

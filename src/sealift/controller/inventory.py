@@ -17,7 +17,7 @@ from sealift.controller.models import ConversionRow, HostRow, MigrationRow, VmRo
 from sealift.controller.new_vm import CONFIG, new_vm, parse_new, require_new
 from sealift.controller.sights import SeenHost, SeenVm
 from sealift.controller.unlocking import ready_to_start
-from sealift.controller.vm_keys import VmKeys, cannot_tell, file_on_host
+from sealift.controller.vm_keys import VmKeys, cannot_tell, file_on_host, unknown_keys
 from sealift.domain.policy import Capability, MigrateEncryption
 from sealift.domain.vm import VmState, VmStatus, check_name
 from sealift.errors import Conflict, NotFound, SealiftError, Unreachable
@@ -259,9 +259,11 @@ class Inventory:
         """Forget a stopped VM, here and at its host; its disks stay.
 
         Those of an encrypted one can be opened by nobody afterwards, since its configuration file goes: raises
-        Conflict unless ``force``.
+        Conflict unless ``force``. So it does for one that only its host knows to be encrypted.
         """
         async with self.turn(name) as (row, host):
+            if not force and (unknown := unknown_keys(row, host.name, await self._at_host(row, host))):
+                raise unknown
             if row.encrypted and not force:
                 raise Conflict(
                     f"VM {name} is encrypted: its disks stay, and without its configuration file nobody can open them",
@@ -283,6 +285,11 @@ class Inventory:
                 self._events.add(session, Happening("vm.deleted", text, host=host.name, vm=name))
             if row.encrypted:
                 await self.forget_keys(others, row.uuid, row.fence)
+
+    async def _at_host(self, row: VmRow, host: HostRow) -> VmStatus | None:
+        with suppress(NotFound):
+            return await self.link(host).vm(row.uuid)
+        return None
 
     async def forget_keys(self, hosts: Sequence[HostRow], vm: UUID, fence: int) -> None:
         """Let hosts drop the keys of a VM that has been there; one that does not answer drops them with its agent."""

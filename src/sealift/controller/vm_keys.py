@@ -15,7 +15,7 @@ from sealift.controller.models import VmRow
 from sealift.controller.new_vm import CONFIG
 from sealift.domain.deks import DEK_BYTES, Deks, wipe
 from sealift.domain.vm import VmConfig, VmStatus
-from sealift.errors import BundleInvalid, KeyMissing, UnwrapFailed, VmLocked, VmTampered
+from sealift.errors import BundleInvalid, Conflict, KeyMissing, UnwrapFailed, VmLocked, VmTampered
 from sealift.keys import bundle, envelope
 from sealift.keys.bundle import Bundle, Judgement, Verdict, WrappedDek
 from sealift.keys.provider import KeyState
@@ -71,6 +71,19 @@ def own_file(row: VmRow) -> bytes:
             todo="put the controller's database back from a backup",
         )
     return row.config_file
+
+
+def unknown_keys(row: VmRow, host: str, status: VmStatus | None) -> Conflict | None:
+    """What stands against all that would lose the keys of a VM which only its host knows to be encrypted.
+
+    Our records are then from before that, as after the database was put back from a backup.
+    """
+    if row.encrypted or status is None or not status.config.deks:
+        return None
+    return Conflict(
+        f"host {host} has VM {row.name} encrypted, and the controller knows no keys of it",
+        todo=f"`sealift vm restore-config {row.name}` takes its configuration file over from there",
+    )
 
 
 def deks_needed(row: VmRow) -> tuple[UUID, ...]:
