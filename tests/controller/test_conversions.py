@@ -144,7 +144,7 @@ def test_what_failed_when_it_was_decided_already_keeps_its_key(tmp_path: Path) -
         row = await world.finished(await world.encrypt())
         assert row.state == "failed"
         assert await world.key_state(row.key_id) is KeyState.ACTIVE
-        [event] = await world.happened("conversion.key_left")
+        [event] = await world.happened("key.left_over")
         assert row.key_id in event.text
 
     with_world(tmp_path, story)
@@ -209,7 +209,7 @@ def test_an_answer_that_got_lost_and_an_order_that_did(tmp_path: Path) -> None:
         assert row.id in world.a.vault.ended_before, "it is refused should it still come"
         # That a host knows of no order is no proof that nothing is under its keys.
         assert await world.key_state(row.key_id) is KeyState.ACTIVE
-        [event] = await world.happened("conversion.key_left")
+        [event] = await world.happened("key.left_over")
         assert row.key_id in event.text
         world.a.vault.drop, world.a.vault.lose = set(), {"convert"}
         assert (await world.finished(await world.encrypt())).state == "done"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from uuid import UUID
@@ -20,6 +22,7 @@ from sealift.keys.provider import KEK_BYTES, KeyState
 from sealift.secret import Secret
 from support.kmip_place import failing_on, make_place, members
 from support.kmip_server import Die, Store
+from support.ports import free_port
 from support.registries import Registry, a_registry, with_registry
 
 
@@ -243,6 +246,116 @@ def test_a_provider_that_does_not_answer_keeps_nobody_from_the_keys_of_another(t
     with_failing(tmp_path, story)
 
 
+def fresh_rows(directory: Path) -> list[tuple[str, str]]:
+    """Provider and VM of each key that is written down as being made."""
+    with contextlib.closing(sqlite3.connect(directory / "controller.db")) as db:
+        return db.execute("SELECT provider, vm_name FROM fresh_keys").fetchall()
+
+
+class Died(BaseException):
+    """What a controller that is killed just there does: nothing more."""
+
+
+def dies(registry: Registry, provider: Failing, at: str) -> None:
+    """Let the controller die when ``provider`` meets the step ``at``, or when it waits for what becomes of its key."""
+
+    async def meet(step: str) -> None:
+        if step == at:
+            raise Died
+
+    async def nothing(*_: object) -> str:
+        raise Died
+
+    provider._meet = meet  # type: ignore[method-assign]
+    registry.keyring._clear = nothing  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("at", ["create", "created", "activate", "get", "record"])
+def test_a_key_whose_making_a_crash_cut_off_is_told_of_in_the_next_life(at: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with a_registry(tmp_path) as registry:
+            await registry.add_usable("home")
+            await registry.providers.close()
+            provider = registry.providers._opened["home"] = Failing("home", registry.directory / "home")
+            vm = await registry.add_vm("vm1", None)
+            dies(registry, provider, at)
+            if at == "record":
+                await registry.keyring.new_kek("home", vm, "vm1")
+            else:
+                with pytest.raises(Died):
+                    await registry.keyring.new_kek("home", vm, "vm1")
+        assert fresh_rows(tmp_path) == [("home", "vm1")]
+        async with a_registry(tmp_path) as registry:
+            (registry.directory / "home").rename(tmp_path / "away")
+            await registry.keyring.settle()
+            assert fresh_rows(tmp_path) == [("home", "vm1")], "it is asked again when it is back"
+            (tmp_path / "away").rename(registry.directory / "home")
+            for _ in range(2):
+                await registry.keyring.settle()
+            assert fresh_rows(tmp_path) == []
+            told = await registry.happened("key.left_over")
+            if at == "create":
+                assert told == []
+                return
+            [event] = told
+            assert event.vm == "vm1"
+            assert provider.made in event.text
+            assert f"label sealift-{vm}-" in event.text
+            # It may be a VM's, if the database is one of before.
+            state = await (await registry.providers.open("home")).state(provider.made)
+            assert state is (KeyState.PRE_ACTIVE if at in ("created", "activate") else KeyState.ACTIVE)
+
+    asyncio.run(main())
+
+
+def test_a_key_whose_recording_was_interrupted_is_destroyed_unless_it_was_recorded(tmp_path: Path) -> None:
+    async def story(registry: Registry, provider: Failing, vm: UUID) -> None:
+        key_id, _ = await registry.keyring.new_kek("home", vm, "vm1")
+        await registry.keyring.settle()
+        assert await provider.state(key_id) is KeyState.ACTIVE, "somebody works on it"
+        recorded, _ = await registry.keyring.new_kek("home", vm, "vm1")
+        await registry.begin_conversion(vm, key_id=recorded)
+        for each in (key_id, recorded):
+            await registry.keyring.give_up("home", each, asyncio.CancelledError())
+        assert await provider.state(key_id) is KeyState.ACTIVE, "nobody knows yet whether it was recorded"
+        await registry.keyring.settle()
+        assert await provider.state(key_id) is KeyState.DESTROYED
+        assert await provider.state(recorded) is KeyState.ACTIVE
+        assert fresh_rows(tmp_path) == []
+        assert await registry.happened("key.left_over") == []
+
+    with_failing(tmp_path, story)
+
+
+def test_a_provider_that_is_removed_takes_no_interrupted_key_with_it_without_a_word(tmp_path: Path) -> None:
+    async def story(registry: Registry, provider: Failing, vm: UUID) -> None:
+        key_id, _ = await registry.keyring.new_kek("home", vm, "vm1")
+        await registry.keyring.give_up("home", key_id, asyncio.CancelledError())
+        await registry.providers.remove("home", force=True, asked_by="ann")
+        [event] = await registry.happened("key.left_over")
+        assert f"label sealift-{vm}-" in event.text
+        assert fresh_rows(tmp_path) == []
+
+    with_failing(tmp_path, story)
+
+
+def test_a_provider_that_was_certainly_not_asked_leaves_nothing_to_speak_of(tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        authority = make_place(tmp_path / "place").authority
+        ask = ProviderAsk("kms", "kmip", (f"127.0.0.1:{free_port()}",), authority.pem)
+        await registry.providers.add(ask, asked_by="ann")
+        vm = await registry.add_vm("vm1", "kms")
+        with pytest.raises(ProviderUnreachable) as failed:
+            await registry.keyring.new_kek("kms", vm, "vm1")
+        assert "left" not in str(failed.value)
+        assert "can be reached from the controller" in failed.value.todo
+        assert await registry.happened("key.left_over") == []
+        assert fresh_rows(tmp_path) == []
+
+    (tmp_path / "place").mkdir()
+    with_registry(tmp_path, story)
+
+
 async def the_vm_has(registry: Registry, vm: UUID, key_id: str) -> None:
     async with registry.events.transaction() as session:
         (await session.get_one(VmRow, vm)).key_id = key_id
@@ -280,7 +393,9 @@ def test_a_key_that_is_in_use_is_not_given_up(tmp_path: Path, how: str) -> None:
         if how == "vm":
             await the_vm_has(registry, vm, key_id)
         else:
-            await registry.add_conversion(vm, **{"new key": {"key_id": key_id}, "old key": {"old_key_id": key_id}}[how])
+            await registry.begin_conversion(
+                vm, **{"new key": {"key_id": key_id}, "old key": {"old_key_id": key_id}}[how]
+            )
         await registry.keyring.abandon("home", key_id)
         assert await provider.state(key_id) is KeyState.ACTIVE
         [event] = await registry.happened("key.left_over")
@@ -299,23 +414,23 @@ def test_a_provider_is_in_use_from_before_a_key_is_made_until_its_record_is_writ
             return ""
 
         async with registry.events.transaction() as session:
-            await session.delete(await session.get_one(VmRow, vm))
+            (await session.get_one(VmRow, vm)).provider = None
         provider.waits_at, provider.crowd = "get", 1
         asking = asyncio.create_task(registry.keyring.new_kek("home", vm, "new"))
         await provider.waiting.wait()
-        assert "VMs: new" in await refuses()
+        assert "being made there for VM new" in await refuses()
         provider.go_on.set()
         key_id, _ = await asking
-        assert "VMs: new" in await refuses(), "its record is still to be written"
+        assert "being made there for VM new" in await refuses(), "its record is still to be written"
         await registry.keyring.abandon("home", key_id)
         provider.dies_at = ("create",)
         with pytest.raises(ProviderUnreachable):
             await registry.keyring.new_kek("home", vm, "new")
         provider.dies_at = ()
         key_id, _ = await registry.keyring.new_kek("home", vm, "new")
-        assert "VMs: new" in await refuses()
-        await registry.add_conversion(vm, key_id=key_id, finished_at=1.0)
-        assert not await refuses(), "what came of it is said by the records"
+        assert "being made there for VM new" in await refuses()
+        await registry.begin_conversion(vm, key_id=key_id)
+        assert "it has the keys of VMs: vm1" in await refuses(), "what came of it is said by the records"
 
     with_failing(tmp_path, story)
 

@@ -93,7 +93,7 @@ def test_one_that_was_created_encrypted_and_has_moved_since_is_kept_with_its_key
         row = await world.finished(row)
         assert row.state == "failed"
         assert await world.key_state(row.key_id) is KeyState.ACTIVE
-        [event] = await world.happened("conversion.key_left")
+        [event] = await world.happened("key.left_over")
         assert row.key_id in event.text
         assert row.vm in world.b.vms
         if not answers:
@@ -227,7 +227,7 @@ def test_a_shallow_rekey_of_one_that_has_moved_since_keeps_its_key(tmp_path: Pat
         await put_back(world, tmp_path / "backup.db")
         assert (await world.finished(row)).state == "failed"
         assert await world.key_state(row.key_id) is KeyState.ACTIVE
-        [event] = await world.happened("conversion.key_left")
+        [event] = await world.happened("key.left_over")
         assert row.key_id in event.text
 
     with_world(tmp_path, story)
@@ -248,7 +248,7 @@ def test_a_rekey_that_is_refused_while_the_file_is_not_that_from_before_keeps_it
             await Rekeying(tools, services.providers).settle(row, services.inventory.link(host), first=True)
         assert (await services.conversions.get(row.id)).state == ConversionState.FAILED.value
         assert await world.key_state(row.key_id) is KeyState.ACTIVE
-        assert await world.happened("conversion.key_left")
+        assert await world.happened("key.left_over")
 
     with_world(tmp_path, story)
 

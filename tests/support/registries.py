@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
+from sealift.controller.conversions import Conversions
 from sealift.controller.events import EventLog
 from sealift.controller.keyring import Keyring
 from sealift.controller.models import ConversionRow, EventRow, HostRow, KeyProviderRow, VmRow
@@ -49,9 +50,13 @@ class Registry:
             )
         return vm
 
-    async def add_conversion(self, vm: UUID, *, finished_at: float | None = None, **keys: str) -> None:
-        """A rekey of a VM at provider ``home``, with ``key_id`` or ``old_key_id``."""
-        row = ConversionRow(
+    async def begin_conversion(self, vm: UUID, **keys: str) -> None:
+        """Record a rekey of a VM at provider ``home``, with ``key_id`` or ``old_key_id``, as the controller does."""
+        await Conversions(self.events, self.providers.fresh).begin(self.conversion(vm, **keys), with_vm=None)
+
+    def conversion(self, vm: UUID, **keys: str) -> ConversionRow:
+        """The record of a rekey, not stored yet."""
+        return ConversionRow(
             id=uuid4(),
             vm=vm,
             vm_name="vm1",
@@ -69,11 +74,8 @@ class Registry:
             findings=[],
             requested_by="ann",
             created_at=0.0,
-            finished_at=finished_at,
             **keys,
         )
-        async with self.events.transaction() as session:
-            session.add(row)
 
     async def happened(self, kind: str = "") -> list[EventRow]:
         """Every event so far, or those of one type."""

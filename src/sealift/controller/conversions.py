@@ -16,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sealift.controller.events import EventLog, Happening
+from sealift.controller.fresh_keys import FreshKeys
 from sealift.controller.models import ConversionRow, HostRow, KeyProviderRow, VmRow
 from sealift.controller.new_vm import require_new
 from sealift.domain.conversion import ConversionKind, ConversionState
@@ -82,8 +83,8 @@ def new_row(wish: ConversionWish, vm: VmRow, host: HostRow) -> ConversionRow:
 class Conversions:
     """The records of one controller's conversions."""
 
-    def __init__(self, events: EventLog) -> None:
-        self._events = events
+    def __init__(self, events: EventLog, fresh: FreshKeys) -> None:
+        self._events, self._fresh = events, fresh
 
     async def begin(self, row: ConversionRow, *, with_vm: VmRow | None) -> ConversionRow:
         """Store a record, its VM too if that is made for it, and raise the VM's fence for the orders to come.
@@ -109,6 +110,8 @@ class Conversions:
             session.add(row)
             text = f"{row.requested_by} asked to {what(row)} VM {row.vm_name} on host {row.host_name}"
             self._events.add(session, _about(row, "conversion.requested", text))
+            label = await self._fresh.recorded(session, row.provider, row.key_id)
+        self._fresh.forget(label)
         return row
 
     async def get(self, conversion: UUID) -> ConversionRow:
@@ -199,7 +202,7 @@ class Conversions:
                 text += "; the VM, which was made for it, was removed"
             self._events.add(session, _about(row, f"conversion.{state.value}", text, slug=error.slug))
             if row.key_id and not key_unused:
-                self._events.add(session, _about(row, "conversion.key_left", _left(row)))
+                self._events.add(session, _about(row, "key.left_over", _left(row)))
         return row
 
 

@@ -222,8 +222,8 @@ class Encryption:
             await self._tools.records.begin(row, with_vm=vm if with_vm else None)
         except BaseException as error:
             wipe({**plan.deks, **new})
-            if row.key_id and isinstance(error, SealiftError):  # where it is certain that nothing was stored
-                await keyring.abandon(row.provider, row.key_id)
+            if row.key_id:
+                await keyring.give_up(row.provider, row.key_id, error)
             raise
         if row.kind == ConversionKind.DECRYPT.value:
             wipe(new)

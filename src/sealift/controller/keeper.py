@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -51,7 +52,7 @@ class Keeper:
     ) -> None:
         self._events, self._inventory, self._providers = events, inventory, providers
         self._every_s, self._probe_s = every_s, probe_s
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def _keys(self) -> VmKeys:
@@ -59,13 +60,17 @@ class Keeper:
 
     def start(self) -> None:
         """Look again and again from now on."""
-        self._task = asyncio.create_task(self._run(), name="keeper")
+        # Two, as a key provider that does not answer may take long to say so.
+        self._tasks = [
+            asyncio.create_task(self._run(), name="keeper"),
+            asyncio.create_task(self._settle_keys(), name="keeper of fresh keys"),
+        ]
 
     async def stop(self) -> None:
         """Look no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _run(self) -> None:
         probed = time.monotonic()
@@ -86,6 +91,18 @@ class Keeper:
                     await changed.wait()
             except TimeoutError:
                 continue
+
+    async def _settle_keys(self) -> None:
+        """See what became of keys whose making was interrupted: at first, and again when a provider may be back."""
+        while True:
+            changed = self._providers.changed
+            try:
+                await self._keys.keyring.settle()
+            except Exception:
+                log.exception("the keeper met something unexpected when it looked for keys that were left")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._probe_s):
+                    await changed.wait()
 
     async def probe(self) -> None:
         """Ask every key provider that a VM needs whether it answers, so that people hear of it before they need it."""

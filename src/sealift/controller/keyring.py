@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import defaultdict
-from collections.abc import Sequence
 from uuid import UUID
 
+import structlog
+
+from sealift.controller.fresh_keys import Interrupted, may_be_left
+from sealift.controller.left_keys import destroy_by_label
 from sealift.controller.providers import Providers
 from sealift.errors import KeyMissing, KeyProviderError, NotFound, SealiftError, VmLocked
 from sealift.keys.provider import KeyProvider, KeyState, new_key
 from sealift.secret import Secret
+
+log = structlog.get_logger("sealift.keyring")
 
 AT_ONCE = 8
 """Keys that are fetched or made at the same time at one provider: a host that comes back may ask for those of many VMs.
@@ -42,7 +47,7 @@ class Keyring:
     async def new_kek(self, provider: str, vm: UUID, vm_name: str) -> tuple[str, Secret]:
         """A new KEK for the VM with uuid ``vm``: its key id and the key, which the caller wipes.
 
-        The caller stores a conversion's record with that key id, or abandons it; meanwhile the provider is in use.
+        The caller stores a conversion's record with that key id, or gives the key up; meanwhile the provider is in use.
 
         Raises NotFound, Conflict and ProviderNotExported where no key may be made, and KeyProviderError. Whatever was
         made until then is destroyed again; if something may have been left, the error and an event say so.
@@ -52,9 +57,10 @@ class Keyring:
         fresh.begin(label, provider, vm_name)
         try:
             await self._providers.require_usable(provider)
+            await fresh.write(label)
             key_id, kek = await self._make(provider, label, vm_name)
         except BaseException:
-            fresh.drop(label)
+            fresh.let_go(label)  # if it is not settled, it is looked into later
             raise
         fresh.made(label, key_id)
         return key_id, kek
@@ -68,11 +74,25 @@ class Keyring:
                 await self._clear(found, label, vm_name)
                 raise
             except KeyProviderError as failure:
+                if failure.nothing_asked:
+                    await self._providers.fresh.settled(label)
+                    raise
                 left = await self._clear(found, label, vm_name)
                 if not left:
                     raise
                 todo = f"destroy what has the label {label} there, if anything has; then try again"
                 raise type(failure)(f"{failure.what}; {left}", todo=todo) from failure
+
+    async def give_up(self, provider: str, key_id: str, error: BaseException) -> None:
+        """A key that was made is in no record because of ``error``.
+
+        After an error of ours it is certain that none was stored, and the key is destroyed. After anything else, such
+        as a cancellation, it is not: with the record the key may be the VM's only one. That is seen to later.
+        """
+        if isinstance(error, SealiftError):
+            await self.abandon(provider, key_id)
+        else:
+            self._providers.fresh.let_go(self._providers.fresh.label_of(provider, key_id))
 
     async def abandon(self, provider: str, key_id: str) -> None:
         """Destroy a KEK that was made and came to no use. Raises nothing: an event names the key if that fails.
@@ -80,6 +100,8 @@ class Keyring:
         One that a VM or a conversion under way names is left as it is. One that is missing was made all the same: a
         server that lags behind the others may say so.
         """
+        fresh = self._providers.fresh
+        label = fresh.label_of(provider, key_id)
         try:
             if key_id in await self._providers.used_keys(provider):
                 why = "it is in use after all, and was not destroyed"
@@ -91,38 +113,64 @@ class Keyring:
             why = error.what
             if isinstance(error, KeyMissing):
                 why += "; it was made, so see whether all of its servers say so"
-        self._providers.fresh.abandon(provider, key_id)
         if why:
-            await self._providers.left_over(f"key {key_id} was left unused at key provider {provider}: {why}")
+            await fresh.left_over(f"key {key_id} was left unused at key provider {provider}: {why}", label=label)
+        else:
+            await fresh.settled(label)
 
-    async def _clear(self, provider: KeyProvider, label: str, vm_name: str) -> str:
-        """Destroy the key of ``label``; what is, or may be, left of it in words, empty when nothing is.
+    async def settle(self) -> None:
+        """Look into every key whose making was interrupted; a provider that cannot be asked is asked the next time."""
+        interrupted = await self._providers.fresh.interrupted()
+        await asyncio.gather(*(self._settle(each) for each in interrupted))
 
-        A label is one key's. More than one are not destroyed, nor one that is in use: whoever looked for the label may
-        have answered with other keys.
+    async def _settle(self, each: Interrupted) -> None:
+        """Destroy such a key if it is of this life of the controller, and else tell of it.
+
+        For all that is known here, one of an earlier life may be a VM's: the database may be one of before, put back
+        from a backup that was taken while the key was being made. No key is destroyed on the word of such a one.
         """
         try:
-            found = await provider.locate(label)
-            why = _not_ours(found, await self._providers.used_keys(provider.name))
-            if not why:
-                for key_id in found:
-                    await provider.destroy(key_id)
-                return ""
+            async with self._slots[each.provider], self._providers.asking(each.provider) as found:
+                if each.ours:
+                    why = await destroy_by_label(found, each.label, self._providers.used_keys)
+                else:
+                    why = _found_again(await found.locate(each.label))
+        except NotFound:
+            why = "there is no key provider of that name any more"
+        except SealiftError as error:
+            log.info("it is not known yet whether a key was left", label=each.label, error=str(error))
+            return
+        if why:
+            text = f"{may_be_left(each.label, each.provider, each.vm_name)}: {why}"
+            await self._providers.fresh.left_over(text, vm=each.vm_name, label=each.label)
+        else:
+            await self._providers.fresh.settled(each.label)
+
+    async def _clear(self, provider: KeyProvider, label: str, vm_name: str) -> str:
+        """Destroy the key of ``label``; what is, or may be, left of it in words, empty when nothing is."""
+        fresh = self._providers.fresh
+        try:
+            why = await destroy_by_label(provider, label, self._providers.used_keys)
         except KeyProviderError as error:
             why = error.what
-        left = f"a key for VM {vm_name}, label {label}, may have been left unused at key provider {provider.name}"
-        await self._providers.left_over(f"{left}: {why}", vm=vm_name)
+        if not why:
+            await fresh.settled(label)
+            return ""
+        left = may_be_left(label, provider.name, vm_name)
+        await fresh.left_over(f"{left}: {why}", vm=vm_name, label=label)
         return left
 
 
-def _not_ours(found: Sequence[str], used: frozenset[str]) -> str:
-    """Why what was found for the label of a key that was just made must not be destroyed; empty when it may be."""
-    in_use = used.intersection(found)
-    if in_use:
-        return f"key {min(in_use)}, which is in use, was found for that label, and nothing was destroyed"
-    if len(found) > 1:
-        return f"{len(found)} keys were found for that label, and none was destroyed"
-    return ""
+def _found_again(key_ids: list[str]) -> str:
+    """What is said of keys that an earlier life of the controller asked for; empty when there are none."""
+    if not key_ids:
+        return ""
+    several = len(key_ids) > 1
+    return (
+        f"the controller ended before it recorded which key that is, and {', '.join(key_ids[:4])} "
+        f"{'are' if several else 'is'} there; destroy {'them' if several else 'it'} unless a VM has "
+        f"{'one' if several else 'it'}, as one may if the controller's database was put back from a backup since"
+    )
 
 
 def _locked(error: SealiftError, provider: str, key_id: str, vm: str) -> VmLocked:

@@ -100,6 +100,16 @@ class KeyProviderRow(Base):
     exported_at: Mapped[float | None]  # when an export was read back; kmip: None
 
 
+class FreshKeyRow(Base):
+    """A key that is about to be made, or was made and is in no record yet; its provider finds it by its label."""
+
+    __tablename__ = "fresh_keys"
+
+    label: Mapped[str] = mapped_column(String(128), primary_key=True)
+    provider: Mapped[str] = mapped_column(String(63))
+    vm_name: Mapped[str] = mapped_column(String(63))
+
+
 class ConversionRow(Base):
     """An encryption, decryption or rekey of a VM: what it becomes, written before its host is told.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,6 +53,7 @@ class Removed:
     name: str
     locks: tuple[str, ...]
     lost: str
+    was_default: bool
 
 
 async def provider_row(session: AsyncSession, name: str) -> KeyProviderRow:
@@ -132,12 +133,32 @@ def no_certificate(name: str) -> Conflict:
 
 
 def lost_with(row: KeyProviderRow) -> str:
-    """What is gone for good when a provider is removed here, and what brings it back."""
+    """What is gone for good when a provider was removed here, and what brings it back."""
     if row.kind == "kmip":
         return "Its keys stay at its servers; our key and certificate towards them were only here"
     if row.exported_at is None:
         return "It was never exported: the key that its keys are derived from was only here"
     return "The key that its keys are derived from is now only in its export; import that to have it back"
+
+
+def refuse_removal(row: KeyProviderRow, users: Collection[str], making: Collection[str]) -> None:
+    """Raise Conflict while VMs use a provider, or a key is being made there for one."""
+    if users:
+        lost = "the key that its keys are derived from would then be only in its export"
+        if row.kind == "kmip":
+            lost = "its keys would stay at its servers; our key and certificate towards them are only here"
+        elif row.exported_at is None:
+            lost = "it was never exported: the key that its keys are derived from is only here, and would be gone"
+        raise Conflict(
+            f"key provider {row.name} was not removed: it has the keys of VMs: {', '.join(sorted(users))}",
+            todo=f"move them off it with `sealift vm rekey --from {row.name} --to NAME`; with `--force` it is removed "
+            f"all the same, and they lock. {lost[0].upper()}{lost[1:]}",
+        )
+    if making:
+        raise Conflict(
+            f"key provider {row.name} was not removed: a key is just being made there for VM {min(making)}",
+            todo="try again in a moment",
+        )
 
 
 def told_of_locks(users: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ from sealift.controller.provider_view import (
     no_certificate,
     notes_on,
     provider_row,
+    refuse_removal,
     told,
     told_of_locks,
     users_of,
@@ -69,7 +70,7 @@ class Providers:
         self._changing = asyncio.Lock()  # held by whatever changes a row or a directory, and while one is opened
         self._opened: dict[str, KeyProvider] = {}
         self._presence = Presence()
-        self.fresh = FreshKeys()  # told by the keyring: they make their provider one in use
+        self.fresh = FreshKeys(events)  # told by the keyring: they make their provider one in use
         self.changed = asyncio.Event()
         """Set, and replaced by a new one, whenever keys may be had that could not be had before, or no more."""
 
@@ -112,22 +113,21 @@ class Providers:
         async with self._changing:
             async with self._events.transaction() as session:
                 row = await provider_row(session, name)
-                await self.fresh.forget_recorded(session)
-                users = tuple(sorted({*await users_of(session, name), *self.fresh.vms_of(name)}))
-                lost = lost_with(row)
-                if users and not force:
-                    raise Conflict(
-                        f"key provider {name} has the keys of VMs: {', '.join(users)}",
-                        todo=f"move them off it with `sealift vm rekey --from {name}`; `--force` locks them. {lost}",
-                    )
+                users, making = await users_of(session, name), self.fresh.vms_of(name)
+                if not force:
+                    refuse_removal(row, users, making)
                 await session.delete(row)
-                text = f"key provider {name} was removed by {asked_by}{told_of_locks(users)}. {lost}"
+                await self.fresh.provider_removed(session, name)
+                removed = Removed(name, tuple(sorted({*users, *making})), lost_with(row), row.is_default)
+                text = f"key provider {name} was removed by {asked_by}{told_of_locks(removed.locks)}. {removed.lost}"
+                if removed.was_default:
+                    text += "; there is no default key provider now"
                 self._events.add(session, Happening("key_provider.removed", text))
             await self._close(name)
             self._presence.forget(name)
             await asyncio.to_thread(self._files.delete, name)
         self._wake()
-        return Removed(name, users, lost)
+        return removed
 
     # Looking
 
@@ -342,7 +342,6 @@ class Providers:
         """Raise NotFound, Conflict or ProviderNotExported unless new keys may be made there."""
         async with self._events.reading() as session:
             row = await provider_row(session, name)
-            await self.fresh.forget_recorded(session)
         if row.kind == "native" and row.exported_at is None:
             raise ProviderNotExported(
                 f"key provider {name} was never exported; if this controller were lost, so would be every VM of it",
@@ -350,15 +349,15 @@ class Providers:
             )
         await self.open(name)
 
+    async def require_there(self, name: str) -> None:
+        """Raise NotFound unless there is such a provider."""
+        async with self._events.reading() as session:
+            await provider_row(session, name)
+
     async def used_keys(self, name: str) -> frozenset[str]:
         """The ids of the provider's keys that a VM has, or a conversion under way gives or takes."""
         async with self._events.reading() as session:
             return await keys_in_use(session, name)
-
-    async def left_over(self, text: str, *, vm: str | None = None) -> None:
-        """Say of a key that it was left unused at its provider."""
-        async with self._events.transaction() as session:
-            self._events.add(session, Happening("key.left_over", text, vm=vm))
 
     async def close(self) -> None:
         """Close connections."""

@@ -74,9 +74,8 @@ class Rekeying:
             try:
                 row.after_file = _write(vm, row, old_kek, kek)
                 row = await self._tools.records.begin(row, with_vm=None)
-            except SealiftError:
-                # Only where it is certain that nothing was stored: with the record the key may be the VM's only one.
-                await keyring.abandon(row.provider, row.key_id)
+            except BaseException as error:
+                await keyring.give_up(row.provider, row.key_id, error)
                 raise
             finally:
                 kek.wipe()

@@ -132,7 +132,7 @@ async def open_services(
     keyring = Keyring(providers)
     inventory, ledger = Inventory(events, links, VmKeys(keyring)), Ledger(events)
     pace = pace or Pace()
-    conversions = Conversions(events)
+    conversions = Conversions(events, providers.fresh)
     tools = ConversionTools(conversions, inventory, pace)
     return Services(
         settings=settings,

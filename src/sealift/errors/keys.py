@@ -10,6 +10,9 @@ class KeyProviderError(SealiftError):
 
     slug, status, exit_code = "key_provider_failed", 502, 11
 
+    nothing_asked = False
+    """Whether it is certain that nobody was asked to do it, so that nothing of it can be left anywhere."""
+
 
 class ProviderUnreachable(KeyProviderError):
     """No server of the key provider answered."""

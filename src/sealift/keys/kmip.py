@@ -98,7 +98,11 @@ class KmipProvider:
             return await link.ask(kmip.create(label))
 
         kmip.check_label(label)
-        return await self._anywhere("make a key", step)
+        try:
+            return await self._anywhere("make a key", step)
+        except KeyProviderError as error:
+            error.nothing_asked = not asked
+            raise
 
     async def activate(self, key_id: str) -> None:
         """Let a pre-active key be used."""

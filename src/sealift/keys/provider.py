@@ -66,7 +66,10 @@ class KeyProvider(Protocol):
         """The name that VMs find it by."""
 
     async def create(self, label: str) -> str:
-        """Make a new AES-256 key, pre-active, findable by ``label``; answers its key id, which is never used twice."""
+        """Make a new AES-256 key, pre-active, findable by ``label``; answers its key id, which is never used twice.
+
+        An error with ``nothing_asked`` says that there is no such key for certain.
+        """
 
     async def activate(self, key_id: str) -> None:
         """Let a pre-active key be used; an active one stays as it is. Raises KeyMissing, KeyNotActive."""
