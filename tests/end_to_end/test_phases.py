@@ -8,6 +8,7 @@ import pytest
 
 from sealift.agent.commitlog import Mark
 from support.faults import (
+    HELD,
     CutCluster,
     RelayLine,
     at_mark,
@@ -16,14 +17,10 @@ from support.faults import (
     settled,
     strike,
 )
-from support.running_guest import SLOW, Guest
+from support.running_guest import Guest
 from support.step_cutter import MESSAGES, SETUP_POINTS, Where
 
 pytestmark = pytest.mark.qemu
-
-
-MEDIUM = "30M"
-"""A bandwidth at which precopy takes two or three seconds."""
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -35,7 +32,7 @@ def test_resets_in_every_phase_of_one_move(cut_guest: Guest, behind_cutters: Cut
     cutter.cut_setup(SETUP_POINTS)
     steps = [cutter.cut_at("READY", "after"), cutter.cut_at("COMMIT", "inside"), cutter.cut_at("RUNNING", "before")]
     with at_mark(source, cut_guest, Mark.LET_GO, cutter.reset) as let_go:
-        ident = cut_guest.begin(target, "--channels", str(channels), "--bandwidth", MEDIUM, state="requested")
+        ident = cut_guest.begin(target, "--channels", str(channels), "--bandwidth", HELD, state=None)
         with held_before_switchover(cut_guest, source) as stopped, RelayLine(source) as relay:
             while not relay.ask("status")["acked_out"]:
                 time.sleep(0.05)
@@ -59,7 +56,7 @@ def test_a_reset_exactly_at_each_message(
     cutter, lost = behind_cutters.cutters[target.name], cut_guest.console.ticks.lost()
     log = source.log.stat().st_size
     steps = [cutter.cut_at(message, where) for message in MESSAGES]
-    ident = cut_guest.begin(target, "--channels", str(channels), state="requested")
+    ident = cut_guest.begin(target, "--channels", str(channels), state=None)
     record = settled(cut_guest, ident, source, target, lost_before=lost)
     assert record["state"] == "done"
     missed = [step.message for step in steps if not step.hit.is_set()]
@@ -72,7 +69,7 @@ def test_a_precopy_with_a_half_open_link_an_outage_a_black_hole_and_a_stopped_re
     """The source's agent waits meanwhile, so that all of it happens while the move is on its way."""
     source, target = cut_guest.host, cut_guest.other()
     cutter, lost = behind_cutters.cutters[target.name], cut_guest.console.ticks.lost()
-    ident = cut_guest.begin(target, "--channels", "4", "--bandwidth", SLOW, state="requested")
+    ident = cut_guest.begin(target, "--channels", "4", "--bandwidth", HELD, state=None)
     with held_before_switchover(cut_guest, source), RelayLine(source) as relay:
         strike("half-open", cutter, source, target)
         assert relay.hear("resumed", channel=0)
@@ -92,7 +89,7 @@ def test_a_link_that_breaks_at_pre_switchover_and_stays_down_gives_the_guest_bac
     """No device state has left, so the target cannot be complete: after 5 s the guest goes on where it was."""
     source, target = cut_guest.host, cut_guest.other()
     cutter, lost = behind_cutters.cutters[target.name], cut_guest.console.ticks.lost()
-    ident = cut_guest.begin(target, "--bandwidth", MEDIUM, state="requested")
+    ident = cut_guest.begin(target, "--bandwidth", HELD, state=None)
     with held_before_switchover(cut_guest, source) as stopped:
         stopped()
         cutter.down()

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from sealift.agent.commitlog import SLOT_BYTES, Mark
 from sealift.demo.cluster import Cluster, Host
+from sealift.hypervisor.qemu_vm import UNLIMITED
 from support.ports import free_port
 from support.running_guest import Guest, left_behind, relay_pids
 from support.step_cutter import MESSAGES, WHERES, Message, StepCutter, Where
@@ -158,19 +159,30 @@ def at_mark(host: Host, guest: Guest, mark: Mark, act: Callable[[], None]) -> It
         thread.join()
 
 
+HELD = "4M"
+"""For ``held_before_switchover``: less than the guest dirties, and its memory alone takes tens of seconds."""
+
+
 @contextmanager
 def held_before_switchover(guest: Guest, source: Host) -> Iterator[Callable[[], None]]:
     """Within the block the source's agent is stopped, so the move gets to pre-switchover and no further.
 
-    What it yields waits until it is there: the guest has just stopped, and QEMU waits to be told to send device state.
-    To be entered as soon as the move was asked for; its bandwidth must be such that precopy takes a few seconds.
+    What it yields lets it get there, and returns when it is: the guest has just stopped, and QEMU waits to be told to
+    send device state. Before that the move is in precopy, if it was asked for with the bandwidth ``HELD``; that limit
+    is lifted here. To be entered as soon as the move was asked for.
     """
     assert source.process is not None
     with _Qmp(source.run / "vms" / guest.uuid / "rescue.sock") as qmp:
         qmp.await_migration("active", after={"setup", *_EARLIER})
         source.process.send_signal(signal.SIGSTOP)
+
+        def stopped() -> None:
+            qmp.lift_bandwidth()
+            qmp.await_migration("pre-switchover", after={"active"})
+
         try:
-            yield lambda: qmp.await_migration("pre-switchover", after={"active"})
+            yield stopped
+            qmp.lift_bandwidth()
         finally:
             source.process.send_signal(signal.SIGCONT)
 
@@ -204,11 +216,14 @@ class _Qmp:
             assert time.monotonic() < end, f"the migration is {status} after {PATIENCE_S} s"
             time.sleep(0.01)
 
+    def lift_bandwidth(self) -> None:
+        self._execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED})
+
     def runs(self) -> bool:
         return bool(self._execute("query-status")["running"])
 
-    def _execute(self, command: str) -> dict[str, Any]:
-        self._sock.sendall(json.dumps({"execute": command}).encode() + b"\n")
+    def _execute(self, command: str, arguments: dict[str, int] | None = None) -> dict[str, Any]:
+        self._sock.sendall(json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n")
         while "return" not in (answer := json.loads(self._answers.readline())):
             assert "event" in answer, answer
         returned: dict[str, Any] = answer["return"]

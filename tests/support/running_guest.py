@@ -96,10 +96,11 @@ class Guest:
         record: dict[str, Any] = self.cluster.ask("migrate", self.name, "--to", to.name, *options)
         return record
 
-    def begin(self, to: Host, *options: str, state: str = "precopy") -> str:
-        """Begin a move and wait until it is in ``state``; its id."""
+    def begin(self, to: Host, *options: str, state: str | None = "precopy") -> str:
+        """Begin a move and wait until it is in ``state``, if any is given; its id."""
         ident: str = self.cluster.ask("migrate", self.name, "--to", to.name, "--detach", *options)["id"]
-        self.wait(ident, state)
+        if state is not None:
+            self.wait(ident, state)
         return ident
 
     def record(self, ident: str) -> dict[str, Any]:
