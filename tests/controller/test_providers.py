@@ -6,14 +6,18 @@ import asyncio
 import re
 import sqlite3
 import stat
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 
 from sealift.controller.models import KeyProviderRow
 from sealift.controller.provider_ask import ProviderAsk
+from sealift.controller.provider_trial import TrialStep, try_out
 from sealift.demo.kmip import KmipServers, ServerAuthority
+from sealift.demo.ports import free_port
 from sealift.errors import (
     AlreadyExists,
     Conflict,
@@ -22,17 +26,17 @@ from sealift.errors import (
     NotFound,
     PassphraseWeak,
     ProviderNotExported,
+    ProviderUnreachable,
     VmLocked,
 )
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.native import NativeProvider
-from sealift.keys.provider import ProviderHealth
+from sealift.keys.provider import KeyState, ProviderHealth
 from sealift.keys.ttlv import Item
 from sealift.secret import Secret
 from support.age import cheap_export
-from support.kmip_place import make_place, members
-from support.kmip_server import Store
-from support.ports import free_port
+from support.kmip_place import failing_on, make_place, members
+from support.kmip_server import Die, Store
 from support.registries import Registry, a_registry, with_registry
 
 
@@ -218,6 +222,105 @@ def test_a_trial_says_how_each_step_went_and_leaves_no_key(tmp_path: Path) -> No
         assert steps[0].message in failed.text
 
     with_registry(tmp_path, story)
+
+
+class Cut(NativeProvider):
+    """Makes a key, and its answer is lost; from then on it does not do what is in ``fails``."""
+
+    fails: tuple[str, ...] = ()
+    made = ""
+
+    async def create(self, label: str) -> str:
+        self.made = await super().create(label)
+        return self._lost("create", self.made)
+
+    async def locate(self, label: str) -> list[str]:
+        return self._lost("locate", await super().locate(label))
+
+    async def destroy(self, key_id: str) -> None:
+        self._lost("destroy", "")
+        await super().destroy(key_id)
+
+    def _lost(self, what: str, answer: Any) -> Any:
+        if what in self.fails:
+            raise ProviderUnreachable(f"key provider {self.name} does not answer")
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("fails", "left"),
+    [
+        (("create",), ""),
+        (("create", "locate"), "a key of a test, label sealift-test-"),
+        (("create", "destroy"), "a key of a test, label sealift-test-"),
+        (("destroy",), "key {key_id} of a test"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_trial_that_is_cut_off_leaves_no_key_without_a_word(
+    fails: tuple[str, ...], left: str, tmp_path: Path
+) -> None:
+    async def story(registry: Registry) -> None:
+        await registry.add_usable("home")
+        await registry.providers.close()
+        cut = registry.providers._opened["home"] = Cut("home", registry.directory / "home")
+        cut.fails = fails
+        ok, steps = await registry.providers.test("home", asked_by="ann")
+        assert not ok
+        assert (await cut.state(cut.made) is KeyState.DESTROYED) is not bool(left)
+        told = await registry.happened("key.left_over")
+        if left:
+            [event] = told
+            assert left.format(key_id=cut.made) in event.text
+            assert left.format(key_id=cut.made) in steps[-1].message
+        else:
+            assert told == []
+
+    with_registry(tmp_path, story)
+
+
+@pytest.mark.parametrize("where", ["create", "get"])
+def test_a_trial_that_nobody_waits_for_any_more_leaves_no_key(where: str, tmp_path: Path) -> None:
+    async def story(registry: Registry) -> None:
+        await registry.add_usable("home")
+        await registry.providers.close()
+        cut = registry.providers._opened["home"] = Cut("home", registry.directory / "home")
+        reached, real = asyncio.Event(), getattr(cut, where)
+
+        async def wait(what: str) -> None:
+            await real(what)
+            reached.set()
+            await asyncio.Event().wait()
+
+        setattr(cut, where, wait)
+        trying = asyncio.create_task(registry.providers.test("home", asked_by="ann"))
+        await reached.wait()
+        trying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await trying
+        assert await cut.state(cut.made) is KeyState.DESTROYED
+
+    with_registry(tmp_path, story)
+
+
+def test_a_key_server_that_dies_when_it_has_made_the_key_of_a_trial_keeps_none(tmp_path: Path) -> None:
+    store, place = Store(), make_place(tmp_path)
+    other = store.add("somebody's", 2)
+    told: list[str] = []
+
+    async def main() -> Sequence[TrialStep]:
+        async def used(name: str) -> frozenset[str]:
+            return frozenset()
+
+        async def left(text: str) -> None:
+            told.append(text)
+
+        async with members(place, store.answers(after=failing_on(Operation.CREATE, Die()))) as (provider, _):
+            return await try_out(provider, "kms1", used=used, left=left)
+
+    assert [(step.name, step.ok) for step in asyncio.run(main())] == [("kms1: create", False)]
+    assert store.states == {other: 2, "key-2": 5}
+    assert told == []
 
 
 # Away and back

@@ -6,15 +6,19 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sealift.controller.left_keys import UsedKeys, destroy_by_label
 from sealift.errors import KeyProviderError
 from sealift.keys.kinds import open_provider
 from sealift.keys.provider import KEK_BYTES, KeyProvider
 
 LABEL = "sealift-test-"
 """What the labels of throw-away keys begin with, so that one that was left can be told from a VM's."""
+
+Left = Callable[[str], Awaitable[None]]
+"""Told of a key that was left, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +31,15 @@ class TrialStep:
     ms: float
 
 
-@dataclass
-class Trial:
-    """What came of trying one provider, or one member of it; ``left`` is the key that could not be destroyed."""
+async def try_out(provider: KeyProvider, member: str, *, used: UsedKeys, left: Left) -> list[TrialStep]:
+    """Make, activate, read, find and destroy a key at ``provider``; steps are named after ``member``.
 
-    steps: list[TrialStep] = field(default_factory=list)
-    left: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether every step went well."""
-        return all(step.ok for step in self.steps)
-
-
-async def try_out(provider: KeyProvider, member: str) -> Trial:
-    """Make, activate, read, find and destroy a key at ``provider``; steps are named after ``member``. Raises nothing.
-
-    What was made is destroyed whatever failed in between.
+    What was made, or perhaps was, is destroyed whatever failed in between, or whoever waited for this was cancelled;
+    where that fails, ``left`` is told.
     """
-    trial = Trial()
+    steps: list[TrialStep] = []
     made: list[str] = []
+    failure: KeyProviderError | None = None
     label = LABEL + secrets.token_hex(8)
 
     async def create() -> None:
@@ -68,36 +61,59 @@ async def try_out(provider: KeyProvider, member: str) -> Trial:
             )
 
     async def step(name: str, action: Callable[[], Awaitable[None]]) -> bool:
+        nonlocal failure
         begun = time.monotonic()
-        message = ""
+        failure = None
         try:
             await action()
         except KeyProviderError as error:
-            message = str(error)
+            failure = error
         milliseconds = (time.monotonic() - begun) * 1000
-        trial.steps.append(TrialStep(f"{member}: {name}", not message, message, milliseconds))
-        return not message
+        steps.append(TrialStep(f"{member}: {name}", failure is None, str(failure or ""), milliseconds))
+        return failure is None
 
-    if not await step("create", create):
-        return trial
-    _ = (
-        await step("activate", lambda: provider.activate(made[0]))
-        and await step("get", read)
-        and await step("locate", find)
-    )
-    if not await step("destroy", lambda: provider.destroy(made[0])):
-        trial.left = made[0]
-    return trial
+    async def clear() -> str:
+        """Destroy the key; what is, or may be, left of it in words."""
+        what = f"key {made[0]} of a test was" if made else f"a key of a test, label {label}, was perhaps"
+        why = ""
+        try:
+            if made:
+                await provider.destroy(made[0])
+            else:
+                why = await destroy_by_label(provider, label, used)
+        except KeyProviderError as error:
+            why = error.what
+        if not why:
+            return ""
+        await left(f"{what} left unused at key provider {provider.name}: {why}")
+        return f"{what} left there"
+
+    try:
+        if await step("create", create):
+            _ = (
+                await step("activate", lambda: provider.activate(made[0]))
+                and await step("get", read)
+                and await step("locate", find)
+            )
+            await step("destroy", lambda: provider.destroy(made[0]))
+    except BaseException:
+        await clear()
+        raise
+    if failure is not None and not failure.nothing_asked and (said := await clear()):
+        steps[-1] = replace(steps[-1], message=f"{steps[-1].message}; {said}")
+    return steps
 
 
-async def try_members(name: str, directory: Path, members: Sequence[str]) -> list[Trial]:
+async def try_members(
+    name: str, directory: Path, members: Sequence[str], *, used: UsedKeys, left: Left
+) -> list[TrialStep]:
     """Try out each server of a kmip provider by itself, all at the same time."""
 
-    async def alone(member: str) -> Trial:
+    async def alone(member: str) -> list[TrialStep]:
         provider = await asyncio.to_thread(open_provider, "kmip", name, directory, [member])
         try:
-            return await try_out(provider, member)
+            return await try_out(provider, member, used=used, left=left)
         finally:
             await provider.close()
 
-    return list(await asyncio.gather(*map(alone, members)))
+    return [step for steps in await asyncio.gather(*map(alone, members)) for step in steps]

@@ -186,20 +186,16 @@ class Providers:
         whole = await self.open(name)
         async with self._events.reading() as session:
             row = await provider_row(session, name)
+        used, left = self.used_keys, self.fresh.left_over
         if row.kind == "native":
-            trials = [await try_out(whole, name)]
+            steps = await try_out(whole, name, used=used, left=left)
         else:
-            trials = await try_members(name, self._files.of(name), row.members)
-        steps = [step for trial in trials for step in trial.steps]
+            steps = await try_members(name, self._files.of(name), row.members, used=used, left=left)
         failed = next((f"{step.name}: {step.message}" for step in steps if not step.ok), "")
         async with self._events.transaction() as session:
             outcome = f"did not pass: {failed}" if failed else "passed"
             text = f"key provider {name} was tested by {asked_by} and {outcome}"
             self._events.add(session, Happening("key_provider.tested", text))
-            for trial in trials:
-                if trial.left:
-                    text = f"key {trial.left} of a test was left unused at key provider {name}"
-                    self._events.add(session, Happening("key.left_over", text))
         return not failed, steps
 
     # Changing
