@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from sealift.demo.ports import free_port
 from support.command_line import CommandLine
 from support.deployment import Deployment, a_deployment
-from support.ports import free_port
 from support.terminal import terminal
 
 PASSPHRASE = "fourteen rusty anchors under the pier"

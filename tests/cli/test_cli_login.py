@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sealift import client
+from sealift.demo.ports import free_port
 from sealift.errors import ControllerUnreachable, InvalidInput
 from support.command_line import CommandLine
 from support.deployment import Deployment, a_deployment
-from support.ports import free_port
 
 
 @pytest.fixture(scope="module")

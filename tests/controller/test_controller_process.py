@@ -17,10 +17,10 @@ import httpx2
 import pytest
 
 from sealift.controller.services import load_settings
+from sealift.demo.ports import free_port
 from sealift.domain.token import TokenKind, fingerprint_text, parse_token
 from sealift.entry.controller import Initialised, init
 from sealift.errors import AlreadyExists, InvalidInput, NotFound
-from support.ports import free_port
 
 LIMIT_S = 30.0
 RUN = "import sys; from pathlib import Path; from sealift.entry.controller import run; run(Path(sys.argv[1]))"

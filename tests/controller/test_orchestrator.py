@@ -14,6 +14,7 @@ import pytest
 from doubles.agent import FakeAgent, joined_agent, key_of, line, straight_source, straight_target, two_hosts
 from sealift.controller.orchestrator import draw_secret
 from sealift.controller.services import Services
+from sealift.demo.ports import free_port
 from sealift.domain.lifecycle import State
 from sealift.domain.move import Answer, LinkReport, MoveSecret, MoveState, Outage, Role, SealedSecret
 from sealift.domain.policy import MigrateEncryption
@@ -21,7 +22,6 @@ from sealift.errors import Conflict, HostUnreachable, NotFound, StaleFence
 from sealift.secret import Secret
 from support.controllers import a_controller, make_state
 from support.moves import finished, happened, in_state, phases, running_vm, set_policy, until, wish
-from support.ports import free_port
 
 STRAIGHT = ["requested", "planned", "preparing", "precopy", "switchover", "committing", "cleaning", "done"]
 S = MoveState

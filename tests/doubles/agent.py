@@ -441,7 +441,7 @@ def agent_context(
 @contextlib.asynccontextmanager
 async def two_hosts(services: Services, directory: Path) -> AsyncIterator[tuple[FakeAgent, FakeAgent]]:
     """Two hosts, a and b, that answer."""
-    from support.ports import free_port
+    from sealift.demo.ports import free_port
 
     a = await joined_agent(services, "a", directory, free_port())
     b = await joined_agent(services, "b", directory, free_port())

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from sealift.demo.cluster import Cluster, Host
+from sealift.demo.ports import free_port
 from sealift.errors import SealiftError
 from support.cutter import Cutter
-from support.ports import free_port
 from support.running_guest import Guest, left_behind
 
 pytestmark = pytest.mark.qemu

@@ -16,8 +16,8 @@ from typing import TypeVar
 from doubles.agent import FakeAgent, two_hosts
 from sealift.api.app import create_app
 from sealift.controller.services import open_services
+from sealift.demo.ports import free_port
 from support.controllers import FAST, make_state
-from support.ports import free_port
 from support.serving import serving
 
 _T = TypeVar("_T")

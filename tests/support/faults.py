@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from sealift.agent.commitlog import SLOT_BYTES, Mark
 from sealift.demo.cluster import Cluster, Host
+from sealift.demo.ports import free_port
 from sealift.hypervisor.qemu_vm import UNLIMITED
-from support.ports import free_port
 from support.running_guest import Guest, left_behind, relay_pids
 from support.step_cutter import MESSAGES, WHERES, Message, StepCutter, Where
 

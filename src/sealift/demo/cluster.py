@@ -22,17 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from sealift.agent.journal import Journal
+from sealift.demo.ports import free_port
 from sealift.errors import SealiftError, from_slug
 
 _START_S = 20.0
-
-
-def free_port() -> int:
-    """A TCP port of loopback that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @dataclass

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
-from sealift.demo.cluster import free_port
+from sealift.demo.ports import free_port
 from sealift.errors import SealiftError, ToolMissing
 
 ADDRESS: Final = "127.0.0.1"

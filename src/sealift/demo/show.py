@@ -12,8 +12,9 @@ from typing import Any
 
 from rich.table import Table
 
-from sealift.demo.cluster import Cluster, free_port
+from sealift.demo.cluster import Cluster
 from sealift.demo.guest import GuestImage, command_line, marker
+from sealift.demo.ports import free_port
 from sealift.demo.stage import Stage, perform, say, screen, step
 from sealift.demo.tap import Tap
 from sealift.errors import PlanRefused, SealiftError
