@@ -24,7 +24,7 @@ from sealift.domain.encryption_checks import needed_bytes
 from sealift.domain.vm import Disk
 from sealift.errors import AlreadyExists, ConversionFailed, DatastoreFull, HypervisorError, QemuMissing
 from sealift.hypervisor import image_facts
-from sealift.hypervisor.images import MIB, ImageRef, Images
+from sealift.hypervisor.images import MIB, FileId, ImageRef, Images
 from sealift.hypervisor.passphrase import Passphrase
 from sealift.hypervisor.process import ProcessRef
 from support.luks import DISK_BYTES, encrypted_image, new_key, qemu_io
@@ -223,16 +223,15 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_creation_that_could_not_be_timed_is_tried_again(tmp_path: Path, tools: Path) -> None:
-    """QEMU's own failure, which no input brings about, is acted by a script the first two times."""
-    tried = tmp_path / "tried"
-    around(
-        tools,
-        "qemu-img",
-        f'echo >>{tried}; [ $(wc -l <{tried}) -gt 2 ] || {{ echo "Unable to get accurate CPU usage" >&2; exit 1; }}',
-    )
-    asyncio.run(Images().create(str(tmp_path / "disk"), "raw", MIB, None))
+    """QEMU's own failure, which no input brings about and which removes the file, is acted the first two times."""
+    tried, disk = tmp_path / "tried", tmp_path / "disk"
+    failing = f'{{ rm {disk}; echo "Unable to get accurate CPU usage" >&2; exit 1; }}'
+    around(tools, "qemu-img", f"umask 0; echo >>{tried}; [ $(wc -l <{tried}) -gt 2 ] || {failing}")
+    made = asyncio.run(Images().create(str(disk), "raw", MIB, None))
     assert len(tried.read_text()) == 3
-    assert (tmp_path / "disk").stat().st_size == MIB
+    found = disk.stat()
+    assert (found.st_size, stat.S_IMODE(found.st_mode)) == (MIB, 0o600)
+    assert made == FileId(found.st_dev, found.st_ino)
 
 
 # --- ends ----------------------------------------------------------------------------------------------------------

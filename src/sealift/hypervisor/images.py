@@ -144,13 +144,6 @@ class Images:
         return made
 
     async def _make(self, path: str, format: Format, size_bytes: int, dek: Secret | None) -> FileId:
-        try:
-            # By us, so that it is ours alone from the first moment; qemu-img keeps the mode of what is there.
-            made = await _to_the_end(lambda: _open_new(path), lambda: _remove(path))
-        except FileExistsError:
-            raise AlreadyExists(f"there is a file at {path} already", todo="remove it, if nothing needs it") from None
-        except OSError as error:
-            raise _os_error("cannot be made", path, error) from error
         options: list[str] = []
         if dek is not None:
             prefix = "encrypt." if format == "qcow2" else ""
@@ -158,22 +151,22 @@ class Images:
             words |= {"format": "luks"} if prefix else {}
             options = ["-o", ",".join(f"{prefix}{name}={value}" for name, value in words.items())]
         kind = "luks" if dek is not None and format == "raw" else format
-        try:
-            for _ in range(_CREATE_TRIES):
-                ended = await run(
-                    "qemu-img",
-                    ["create", "-q", "-f", kind, *options, path, str(size_bytes)],
-                    [] if dek is None else [dek],
-                )
+        arguments = ["create", "-q", "-f", kind, *options, path, str(size_bytes)]
+        for _ in range(_CREATE_TRIES):
+            # Anew each time: QEMU removes what it failed to make, and would make the next one readable by all.
+            made = await _new_file(path)
+            try:
+                ended = await run("qemu-img", arguments, [] if dek is None else [dek])
                 if ended.code == 0:
                     return made
-                if _NO_CPU_TIME not in ended.said:
-                    break
-            failed = _failed(f"the image {path} cannot be made", path, ended)
-            raise failed if isinstance(failed, DatastoreFull) else HypervisorError(failed.what)
-        except BaseException:
+            except BaseException:
+                await _to_the_end(lambda: _remove(path))
+                raise
             await _to_the_end(lambda: _remove(path))
-            raise
+            if _NO_CPU_TIME not in ended.said:
+                break
+        failed = _failed(f"the image {path} cannot be made", path, ended)
+        raise failed if isinstance(failed, DatastoreFull) else HypervisorError(failed.what)
 
     async def _durable(self, path: str) -> None:
         try:
@@ -282,6 +275,16 @@ async def _to_the_end(act: Callable[[], T], undo: Callable[[], None] | None = No
         if doing.exception() is None and undo is not None:
             await in_own_thread(undo)
         raise
+
+
+async def _new_file(path: str) -> FileId:
+    """Make an empty file, ours alone from the first moment; qemu-img keeps the mode of what is there."""
+    try:
+        return await _to_the_end(lambda: _open_new(path), lambda: _remove(path))
+    except FileExistsError:
+        raise AlreadyExists(f"there is a file at {path} already", todo="remove it, if nothing needs it") from None
+    except OSError as error:
+        raise _os_error("cannot be made", path, error) from error
 
 
 def _open_new(path: str) -> FileId:
