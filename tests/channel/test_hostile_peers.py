@@ -44,7 +44,7 @@ def visit(site: Site, origin: str = "127.0.0.1") -> socket.socket:
 
 def test_peers_that_say_one_byte_a_second_are_given_up(site: Site) -> None:
     """To the doorman, and to the relay in the handshake and in the first record after it."""
-    with site.pair(patience_s=3.0) as pair, Flow(pair), contextlib.ExitStack() as stack:
+    with site.pair(at_target={"patience_s": 3.0}) as pair, Flow(pair), contextlib.ExitStack() as stack:
         preface = pair.spec.preface(1, FRESH).encode()
         at_the_door, in_message_1 = (stack.enter_context(visit(site)) for _ in range(2))
         in_message_1.sendall(preface)
@@ -157,13 +157,6 @@ def test_a_resume_with_offsets_changed_on_the_way(site: Site, at: int) -> None:
             assert {e["channel"] for e in pair.source.events() if e["type"] == "interrupted"} == {1}
 
 
-def until_refused(pair: Pair, slug: str) -> None:
-    """Return when the target has told of a connection refused for this reason: it closes first, and tells then."""
-    nth = 1
-    while pair.target.event("refused", nth=nth)["slug"] != slug:
-        nth += 1
-
-
 def test_a_recorded_resume_played_back(site: Site) -> None:
     """Once when it has done its work, and once when it never arrived, so that nobody has seen its epoch."""
     held_up = threading.Event()
@@ -192,7 +185,7 @@ def test_a_recorded_resume_played_back(site: Site) -> None:
                 again.sendall(recorded)
                 assert read_all(again) == b""
             flow.goes_on()
-            until_refused(pair, "epoch_stale")
+            pair.target.refusal("epoch_stale")  # it closes first, and tells then
             assert pair.target.status()["refused"] == {"epoch_stale": 1}
 
             held_up.set()
@@ -204,7 +197,7 @@ def test_a_recorded_resume_played_back(site: Site) -> None:
                 again.sendall(lost)
                 assert len(read_all(again)) == MESSAGE_BYTES, "message 2, which nobody without the key can use"
             flow.goes_on()
-            until_refused(pair, "record_forged")
+            pair.target.refusal("record_forged")
             assert pair.target.status()["refused"]["record_forged"] == 1
             held_up.clear()
             near.sendall(b"after")
@@ -248,10 +241,11 @@ def test_two_resumes_at_once_and_the_source_has_its_channel_back(site: Site) -> 
         with Flow(pair, interruptions=True):
             near.sendall(b"before")
             assert exactly(far, 6) == b"before"
-            hands = [ByHand(site.port, pair.spec, pair.secret, 1, epoch) for epoch in (2, 3)]
-            for hand in hands:
-                hand.hello()
-                hand.answered()
+            hands = []
+            for epoch in (2, 3):
+                hands.append(ByHand(site.port, pair.spec, pair.secret, 1, epoch))
+                hands[-1].hello()
+                hands[-1].answered()
             hands[1].prove(resume=(0, 6))
             with pytest.raises((AssertionError, OSError)):
                 hands[0].prove(resume=(0, 6))

@@ -100,14 +100,16 @@ def test_small_writes_are_not_held_back(site: Site) -> None:
 def test_target_opens_local_connections_in_channel_order_however_they_arrive(site: Site) -> None:
     spec, secret = channel_spec(4), os.urandom(40)
     target = TargetSide(site, spec, secret)
-    hands = {n: ByHand(site.port, spec, secret, n) for n in (1, 2, 3, 4)}
+    hands: dict[int, ByHand] = {}
     try:
         for n in (3, 4, 2):
+            hands[n] = ByHand(site.port, spec, secret, n)
             hands[n].hello()
             hands[n].prove()
             hands[n].write(b"channel %d" % n)
         assert target.relay.status()["state"] == "listening"
         assert target.nothing_came(), "nothing may be opened before the main stream's turn"
+        hands[1] = ByHand(site.port, spec, secret, 1)
         hands[1].hello()
         hands[1].prove()
         hands[1].write(b"channel 1")
@@ -179,15 +181,10 @@ def test_wrong_requests_are_refused_and_harm_nothing(site: Site, request_fields:
 
 
 def test_heartbeats_tell_the_clock_offset(site: Site) -> None:
-    with site.pair(silence_s=1.0) as pair:
-        pair.source.event("connected")
-        beats = 0
-        while (status := pair.source.status())["clock_offset_us"] is None or status["records_in"] < 4:
-            pair.source.ask("wait", after=1, timeout=0.05)
-            beats += 1
-            assert beats < 400
-        assert abs(status["clock_offset_us"]) < 50_000
-        assert 0 <= status["rtt_us"] < 1_000_000
+    with site.pair() as pair:
+        status = pair.source.until(lambda status: status["rtt_us"] is not None and status["rtt_us"] < 100_000)
+        assert status["rtt_us"] >= 0
+        assert abs(status["clock_offset_us"]) < 50_000, "it is half a round trip off at most"
 
 
 def test_a_back_pressured_data_channel_delays_no_message(site: Site) -> None:
@@ -197,12 +194,15 @@ def test_a_back_pressured_data_channel_delays_no_message(site: Site) -> None:
         chunk = bytes(1 << 20)
         while select.select([], [near], [], 0.5)[1]:  # until nothing more fits anywhere
             near.send(chunk)
-        assert pair.source.status()["sealed_out"] > 0
+        pair.source.until(lambda status: status["sealed_out"] > 0)
         for n in range(3):
             pair.source.ask("send", message={"type": "COMMIT", "n": n})
         assert pair.target.event("message", nth=3)["message"]["n"] == 2
-        seen = len(pair.source.events())
-        assert pair.source.ask("wait", after=seen, timeout=2.0)["events"] == [], "back-pressure is not silence"
+        for _ in range(5):  # this machine may stand still as if the other one were silent, but not again and again
+            seen = len(pair.source.events())
+            if not (came := pair.source.ask("wait", after=seen, timeout=2.0)["events"]):
+                break
+        assert came == [], "back-pressure is not silence"
         assert far.recv(16)
 
 

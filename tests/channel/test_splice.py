@@ -173,9 +173,8 @@ def test_messages_clock_and_abort_work_as_in_a_relay(site: Site) -> None:
         near, far = pair.connect()
         pair.source.ask("send", message={"type": "COMMIT", "n": 1})
         assert pair.target.event("message")["message"] == {"type": "COMMIT", "n": 1}
-        while pair.source.status()["clock_offset_us"] is None:
-            pair.source.ask("wait", after=99, timeout=0.05)
-        assert abs(pair.source.status()["clock_offset_us"]) < 50_000
+        status = pair.source.until(lambda status: status["rtt_us"] is not None and status["rtt_us"] < 100_000)
+        assert abs(status["clock_offset_us"]) < 50_000
         pair.target.ask("abort", reason="cancelled")
         assert read_all(near) == b""
         assert read_all(far) == b""
@@ -184,8 +183,8 @@ def test_messages_clock_and_abort_work_as_in_a_relay(site: Site) -> None:
 
 
 def test_silent_peer_closes_the_local_sockets(site: Site) -> None:
-    with site.pair(plain_spec(), silence_s=0.6) as pair:
-        near, _ = pair.connect()
+    with site.pair(plain_spec(), at_source={"silence_s": 0.6}) as pair:
+        near = pair.dial()
         pair.source.event("connected")
         pair.target.signal(signal.SIGSTOP)
         try:

@@ -12,7 +12,10 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 import uuid
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -123,6 +126,21 @@ class Relay(Running):
             assert answer.get("events"), f"no {kind!r} event came; there were {seen}"
             seen += answer["events"]
 
+    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The status, as soon as it is as wanted: not every change is an event."""
+        ends = time.monotonic() + PATIENCE
+        while not wanted(status := self.status()):
+            assert time.monotonic() < ends, f"the status stayed as it was: {status}"
+            self.ask("wait", after=1 << 30, timeout=0.05)
+        return status
+
+    def refusal(self, slug: str) -> dict[str, Any]:
+        """The first refusal for this reason, waited for; a busy machine may have others before it."""
+        nth = 1
+        while (event := self.event("refused", nth=nth))["slug"] != slug:
+            nth += 1
+        return event
+
     def events(self) -> list[dict[str, Any]]:
         return self.ask("wait", after=0, timeout=0)["events"]
 
@@ -180,13 +198,33 @@ class Site:
         pid = asyncio.run(start_relay(kind, spec, secret, log))
         return self.adopt(Relay(pid, spec.directory, log))
 
-    def pair(self, spec: ChannelSpec | None = None, *, port: int = 0, secret: bytes = b"", **fields: Any) -> Pair:
+    def pair(
+        self,
+        spec: ChannelSpec | None = None,
+        *,
+        port: int = 0,
+        secret: bytes = b"",
+        at_source: dict[str, Any] | None = None,
+        at_target: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> Pair:
         """Target and source of one move, target first; ``port`` is a man in the middle instead of the doorman."""
         spec = spec or channel_spec()
         secret = secret or secrets.token_bytes(40 if spec.plan is Plan.SEALED else 16)
-        target = TargetSide(self, spec, secret, **fields)
-        source = self.start_source(spec, secret, port=port, **fields)
+        target = TargetSide(self, spec, secret, **fields | (at_target or {}))
+        source = self.start_source(spec, secret, port=port, **fields | (at_source or {}))
         return Pair(spec, secret, source, target)
+
+    def pair_in_time(self, spec: ChannelSpec, **fields: Any) -> Pair:
+        """A pair that found together, though its source has too little patience for a machine that stands still."""
+        for _ in range(10):
+            pair = self.pair(spec, **fields)
+            (first, *_) = pair.source.ask("wait", after=0, timeout=PATIENCE)["events"]
+            if first["type"] == "connected":
+                return pair
+            pair.target_side.close()
+            spec = replace(spec, attempt=uuid.uuid4().bytes)
+        raise AssertionError(f"this machine never did it in time: {first}")
 
     def start_source(self, spec: ChannelSpec, secret: bytes, *, port: int = 0, **fields: Any) -> Relay:
         fields.setdefault("qemu_pid", os.getpid())
