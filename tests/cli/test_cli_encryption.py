@@ -15,8 +15,10 @@ from sealift.cli.credentials import load
 from sealift.client import Client
 from sealift.client.connection import ANSWER_S
 from sealift.client.encryption import REKEY_MANY_S, EncryptedVms
+from sealift.controller.link import AgentLink
 from sealift.domain.conversion import DiskFacts
-from sealift.errors import Conflict
+from sealift.domain.vm import VmStatus
+from sealift.errors import Conflict, HostUnreachable
 from support.command_line import CommandLine
 from support.deployment import Deployment, a_deployment
 from support.terminal import terminal
@@ -270,6 +272,9 @@ def test_a_vm_whose_encryption_fails_is_not_kept(deployment: Deployment, sealift
     assert made.exit_code == 7
     assert "VM web on a was not created: a: there is no room" in made.stderr
     assert sealift.json("vm", "list") == []
+    told = sealift("vm", "create", "-", "--host", "a", "--encrypt", "--json", stdin=VM)
+    assert told.exit_code == 7
+    assert json.loads(told.stdout)["state"] == "failed"
     deployment.a.vault.images[DISK] = dataclasses.replace(PLAIN_DISK, backing=True)
     refused = sealift("vm", "create", "-", "--host", "a", "--encrypt", stdin=VM)
     assert refused.exit_code == 3
@@ -309,9 +314,45 @@ def test_a_changed_file_is_shown_and_put_back(encrypted: str, deployment: Deploy
     assert "\n  - vcpus = 1\n  + vcpus = 9\n" in shown
     assert "sealift vm restore-config web" in shown
     assert "vcpus = 9" in sealift.fails(13, "vm", "start", encrypted)
-    assert "has an authentic configuration file again" in sealift.says("vm", "restore-config", encrypted)
+    assert "generation 1 again, the last authentic one: it was put back" in sealift.says("vm", "restore-config", "web")
+    assert "nothing was changed" in sealift.says("vm", "restore-config", encrypted)
+    assert sealift.json("vm", "restore-config", encrypted)["outcome"] == "unchanged"
     assert sealift.says("vm", "list").splitlines()[1].split()[2] == "ok"
     sealift.says("vm", "start", encrypted)
+
+
+def test_of_a_host_that_does_not_answer_nothing_is_known(
+    encrypted: str, deployment: Deployment, sealift: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(self: AgentLink) -> list[VmStatus]:
+        raise HostUnreachable("host a at [::1]:1 did not answer: connection refused")
+
+    monkeypatch.setattr(AgentLink, "vms", silent)
+    assert sealift.says("vm", "list").splitlines()[1].split()[:3] == ["web", "unknown", "yes"]
+    assert sealift.json("vm", "show", encrypted)["encryption"]["state"] == "unknown"
+
+
+def test_what_is_to_be_known_of_keys_is_no_reason_to_be_ok(
+    encrypted: str, deployment: Deployment, sealift: CommandLine
+) -> None:
+    add_provider(deployment, sealift, "loft")
+    sealift.says("vm", "rekey", encrypted, "--provider", "loft")
+    sealift.says("key-provider", "remove", "loft", "--force")
+    shown = sealift.says("vm", "show", encrypted)
+    assert re.search(r"encryption +ok\n", shown)
+    assert re.search(r"note +key provider loft is not there any more", shown)
+    assert "because" not in shown
+    assert "loft is not there any more" in sealift.says("vm", "list")
+    said = sealift.fails(12, "vm", "rekey", encrypted, "--provider", "safe")
+    assert "VM web needs key" in said
+    assert "is locked" not in said
+    assert "add or import key provider loft again" in said
+
+
+def test_a_key_provider_that_never_was_has_no_vms_to_rekey(deployment: Deployment, sealift: CommandLine) -> None:
+    assert "there is no key provider typo" in sealift.fails(4, "vm", "rekey", "--from", "typo", "--to", "safe")
+    assert "No VM has its key" in sealift.says("vm", "rekey", "--from", "safe", "--to", "safe")
+    assert "--from needs --to as well" in sealift.fails(2, "vm", "rekey", "--from", "safe")
 
 
 def test_an_encrypted_vm_is_deleted_only_by_force(encrypted: str, sealift: CommandLine) -> None:
@@ -333,6 +374,7 @@ def test_an_encrypted_vm_is_deleted_only_by_force(encrypted: str, sealift: Comma
         ["encrypt", "web", "--verify", "perhaps"],
         ["encrypt"],
         ["create", "-", "--host", "a", "--provider", "safe"],
+        ["create", "-", "--host", "a", "--encrypt", "--provider", "bad name"],
         ["create", "-", "--host", "a", "--verify", "full"],
     ],
 )

@@ -13,6 +13,7 @@ from sealift.controller.conversion_run import ConversionTools
 from sealift.controller.conversions import Conversions, ConversionWish
 from sealift.controller.models import ConversionRow, VmRow
 from sealift.controller.rekey import Rekeying
+from sealift.controller.unlocking import Restored
 from sealift.domain.conversion import ConversionKind
 from sealift.domain.vm import VmState
 from sealift.errors import Conflict, HostUnreachable, NotFound, SealiftError, VmLocked, VmTampered
@@ -32,9 +33,9 @@ async def stop(world: World) -> None:
     await world.services.inventory.stop_vm("vm1", force=True, asked_by="ann")
 
 
-async def restore(world: World) -> None:
-    """Put vm1's configuration file back."""
-    await world.services.encryption.restore_config("vm1", asked_by="ann")
+async def restore(world: World) -> Restored:
+    """Put vm1's configuration file back; what that came to."""
+    return (await world.services.encryption.restore_config("vm1", asked_by="ann"))[1]
 
 
 def test_it_starts_with_the_provider_away_as_long_as_its_host_has_the_keys(tmp_path: Path) -> None:
@@ -69,21 +70,24 @@ def test_a_file_that_was_changed_is_shown_refused_and_put_back(tmp_path: Path) -
         assert any(line.startswith("-") and "64MiB" in line for line in sight.lines)
         assert any(line.startswith("+") and "65MiB" in line for line in sight.lines)
         assert len(await world.happened("vm.tampered")) == 1
-        # Without the key nobody can say more than that it is not the last one.
+        # That takes no key, and neither does putting it back.
         world.services.inventory.keys._judged.clear()
         await world.away()
-        with pytest.raises(VmLocked, match="not the last one that was written"):
+        with pytest.raises(VmTampered):
             await start(world)
-        assert (await world.sight()).state == "locked"
-        await restore(world)  # needs no key
+        assert await restore(world) is Restored.RESTORED
         assert world.a.vault.files[vm] == good
         assert (await world.sight()).state == "ok"
         assert await start(world) is VmState.RUNNING
         await world.back()
         del world.a.vault.files[vm]
-        assert (await world.sight()).state == "tampered"
-        await restore(world)
-        await restore(world)
+        sight = await world.sight()
+        assert sight.state == "tampered"
+        assert "is missing" in sight.message
+        with pytest.raises(VmTampered, match="is missing"):
+            await start(world)
+        assert await restore(world) is Restored.RESTORED
+        assert await restore(world) is Restored.UNCHANGED
         assert len(await world.happened("vm.config_restored")) == 2
 
     with_world(tmp_path, story)
@@ -111,7 +115,7 @@ def test_an_older_copy_is_no_good_and_a_newer_one_is_taken_over(tmp_path: Path) 
             await restore(world)
         assert world.a.vault.files[vm] == newer
         await world.back("other")
-        await restore(world)
+        assert await restore(world) is Restored.ADOPTED
         assert world.a.vault.files[vm] == newer
         now = await world.row()
         assert (now.config_file, now.provider, now.key_id, now.generation) == (newer, "other", row.key_id, 3)
@@ -265,13 +269,15 @@ def test_a_file_whose_own_key_cannot_be_had_is_not_called_changed(tmp_path: Path
         await put_back(world, older)
         await world.away("other")
         sight = await world.sight()
-        assert (sight.state, sight.lines) == ("locked", [])
-        for word in (newer.key_id, "key provider other", "cannot be had"):
+        assert sight.state == "locked"
+        assert "+ generation = 2" in sight.lines
+        for word in (newer.key_id, "key provider other", "cannot be had", "claims to be newer"):
             assert word in sight.message
         with pytest.raises(VmLocked, match=f"key {newer.key_id} of key provider other.*cannot be had"):
             await start(world)
         await world.services.keeper.look()
         assert not await world.happened("vm.tampered")
+        assert len(await world.happened("vm.config_unclear")) == 1
         await world.back("other")
         sight = await world.sight()
         assert sight.state == "tampered"
@@ -325,6 +331,23 @@ def test_a_tampered_vm_is_not_rekeyed(tmp_path: Path) -> None:
         row = await world.rekey(deep=True)
         assert row.state == "refused"
         assert "vcpus = 2" in row.error
+        assert ["vcpus = 2" in event.text for event in await world.happened("conversion.refused")] == [True, True]
+
+    with_world(tmp_path, story)
+
+
+def test_whatever_its_new_key_is_a_rekey_needs_the_present_one(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.encrypted(running=True)
+        await world.provide("other")
+        await world.services.providers.remove("home", force=True, asked_by="ann")
+        for provider in (None, "other"):
+            with pytest.raises(VmLocked, match=r"VM vm1 needs key .* of key provider home") as refused:
+                await world.rekey(provider=provider)
+            assert "add or import key provider home again" in refused.value.todo
+        sight = await world.sight()
+        assert sight.state == "ok", "its host has its keys, and it runs"
+        assert "key provider home is not there any more" in sight.message
 
     with_world(tmp_path, story)
 
@@ -345,8 +368,9 @@ def test_moving_every_vm_off_a_provider(tmp_path: Path) -> None:
             now = await world.row(each.vm)
             assert now.provider == ("home" if each.error else "other")
             assert each.error or (now.key_id == each.key_id != each.old_key_id)
-        with pytest.raises(NotFound):
-            await world.services.encryption.rekey_many("home", "nowhere", asked_by="ann")
+        for source, target in (("home", "nowhere"), ("typo", "other")):
+            with pytest.raises(NotFound):
+                await world.services.encryption.rekey_many(source, target, asked_by="ann")
 
     with_world(tmp_path, story)
 

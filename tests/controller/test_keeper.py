@@ -12,7 +12,7 @@ import pytest
 from sealift.controller import inventory
 from sealift.controller.link import AgentLink
 from sealift.domain.vm import VmStatus
-from sealift.errors import HostUnreachable
+from sealift.errors import HostUnreachable, VmLocked
 from sealift.keys.bundle import Verdict
 from sealift.keys.native import NativeProvider
 from sealift.keys.provider import ProviderHealth
@@ -122,6 +122,71 @@ def test_a_changed_file_is_told_once_and_its_keys_are_no_secret_to_its_host(tmp_
     with_world(tmp_path, story)
 
 
+def test_a_file_that_names_another_provider_is_a_changed_one(tmp_path: Path) -> None:
+    """One byte is enough to have it name a key provider that never was, whose key nobody can bring back."""
+
+    async def story(world: World) -> None:
+        vm = await world.encrypted()
+        world.a.vault.files[vm] = world.a.vault.files[vm].replace(b'provider = "home"', b'provider = "homd"')
+        for _ in range(2):
+            await world.services.keeper.look()
+        [event] = await world.happened("vm.tampered")
+        assert 'was changed: - provider = "home"; + provider = "homd"' in event.text
+        sight = await world.sight()
+        assert (sight.state, sight.lines) == ("tampered", ['- provider = "home"', '+ provider = "homd"'])
+        assert "find out who did it; `sealift vm restore-config vm1`" in sight.message
+
+    with_world(tmp_path, story)
+
+
+def test_a_file_that_claims_to_be_newer_is_told_once_while_its_key_is_not_there(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted()
+        forged = world.a.vault.files[vm].replace(b"generation = 1", b"generation = 2")
+        world.a.vault.files[vm] = forged.replace(b'provider = "home"', b'provider = "homd"')
+        for _ in range(2):
+            await world.services.keeper.look()
+        [event] = await world.happened("vm.config_unclear")
+        assert "it names a key provider homd, which is not there" in event.text
+        assert not await world.happened("vm.tampered")
+        sight = await world.sight()
+        assert sight.state == "locked"
+        assert "+ generation = 2" in sight.lines
+        assert "homd, which is not there" in sight.message
+        with pytest.raises(VmLocked, match=r"VM vm1 is locked: .*claims to be newer"):
+            await world.services.inventory.start_vm("vm1", asked_by="ann")
+        assert len(await world.happened("vm.config_unclear")) == 1
+
+    with_world(tmp_path, story)
+
+
+def test_an_older_copy_is_called_one_where_that_can_be_told(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await world.encrypted()
+        older, key_id = world.a.vault.files[vm], (await world.row()).key_id
+        await world.provide("other")
+        await world.rekey(provider="other")
+        world.a.vault.files[vm] = older
+        await world.away("home")
+        await world.services.keeper.look()
+        sight = await world.sight()
+        assert sight.state == "tampered", "nothing newer is lost, whichever it is"
+        told = f"was changed, or is an older copy, which cannot be told apart: key {key_id} of key provider home"
+        assert told in sight.message
+        assert "- generation = 2" in sight.lines
+        await world.back("home")
+        await world.services.keeper.look()
+        assert "is an older copy" in (await world.sight()).message
+        first, second = await world.happened("vm.tampered")
+        assert told in first.text
+        assert "is an older copy: generation 1, and the controller wrote 2 last" in second.text
+        await world.away("home")
+        await world.services.keeper.look()
+        assert len(await world.happened("vm.tampered")) == 2, "what was told once is known"
+
+    with_world(tmp_path, story)
+
+
 def test_a_host_that_does_not_answer_is_no_reason_to_lock(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await world.encrypted()
@@ -134,7 +199,7 @@ def test_a_host_that_does_not_answer_is_no_reason_to_lock(tmp_path: Path) -> Non
 
         world.a.vms = Silent()
         await world.services.keeper.look()
-        assert (await world.sight()).state == "ok"
+        assert (await world.sight()).state == "unknown"
         assert (await world.shown()).message
         assert not await world.happened("vm.locked")
 
@@ -252,7 +317,7 @@ def test_a_list_of_vms_does_not_wait_for_a_provider_that_does_not_answer(
     async def story(world: World) -> None:
         for name in ("vm1", "vm2", "vm3"):
             vm = await world.encrypted(name)
-            world.a.vault.files[vm] = world.a.vault.files[vm].replace(b"vcpus = 1", b"vcpus = 2")
+            world.a.vault.files[vm] = world.a.vault.files[vm].replace(b"generation = 1", b"generation = 2")
         provider = await broken(world)
         provider.hangs = True
         async with asyncio.timeout(5):

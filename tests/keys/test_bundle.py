@@ -120,9 +120,27 @@ def test_the_last_file_is_right_whatever_key_there_is(kek: Secret | None) -> Non
     assert judge(FILE, FILE, kek) == Judgement(Verdict.OK, ())
 
 
-def test_without_the_key_another_file_is_locked_and_not_tampered() -> None:
-    assert judge(LATER, FILE, None).verdict is Verdict.LOCKED
-    assert judge(b"nonsense", FILE, None).verdict is Verdict.LOCKED
+def test_without_the_key_only_what_claims_to_be_newer_may_be_it() -> None:
+    claims = judge(LATER, FILE, None)
+    assert claims == Judgement(Verdict.LOCKED, tuple(differing(FILE, LATER)), claims.unproved)
+    assert "key key-1 of key provider vault, which it names" in claims.unproved
+    before = judge(FILE, LATER, None)
+    assert (before.verdict, before.unproved) == (Verdict.TAMPERED, claims.unproved), "it may be an older copy"
+    twin = write(replace(BUNDLE, provider="other"), CONFIG, OTHER_KEK)
+    foreign = write(replace(BUNDLE, vm=FIRST, generation=9), replace(CONFIG, uuid=FIRST), KEK)
+    for other in (twin, foreign, b"nonsense", FILE[:-1]):
+        assert judge(other, FILE, None) == Judgement(Verdict.TAMPERED, tuple(differing(FILE, other)))
+    assert judge(FILE, b"", None).verdict is Verdict.LOCKED
+
+
+@pytest.mark.parametrize("kek", [KEK, None])
+def test_no_byte_can_be_flipped_without_a_word(kek: Secret | None) -> None:
+    for at in range(len(FILE)):
+        changed = FILE[:at] + bytes([FILE[at] ^ 2]) + FILE[at + 1 :]
+        found = judge(changed, FILE, kek)
+        claims = kek is None and b"generation = 7" in changed
+        assert found.verdict is (Verdict.LOCKED if claims else Verdict.TAMPERED), f"byte {at}"
+        assert found.lines, f"byte {at}"
 
 
 @pytest.mark.parametrize("kek", [KEK, None])

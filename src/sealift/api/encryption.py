@@ -147,13 +147,17 @@ class ImportRequest(Request):
 
 
 class VmEncryption(Document):
-    """What encrypts a VM. ``lines`` are those of its configuration file that differ when it is tampered."""
+    """What encrypts a VM.
+
+    ``state``: ``ok``; ``locked`` and ``tampered``, why is in ``message``; ``unknown`` while its host does not answer.
+    ``lines`` are those of its configuration file that differ from the last one written.
+    """
 
     provider: str
     key_id: str
     cipher: str
     generation: int
-    state: Literal["ok", "locked", "tampered"]
+    state: Literal["ok", "locked", "tampered", "unknown"]
     message: str = ""
     lines: list[str] = []
 
@@ -207,6 +211,7 @@ class Conversion(Document):
     state: Literal["planned", "refused", "copying", "verifying", "swapping", "done", "failed", "cancelled"]
     finished: bool
     done_bytes: int = 0
+    message: str = ""
     total_bytes: int = 0
     provider: str = ""
     key_id: str = ""

@@ -8,11 +8,13 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from sealift.api.encryption import Conversion, ConversionFinding, Rekeyed, VmEncryption
-from sealift.api.schemas import Event, Finding, Host, LinkDown, Migration, Phase, Progress, Step, Vm
+from sealift.api.schemas import Event, Finding, Host, LinkDown, Migration, Phase, Progress, Step, Vm, VmRestored
 from sealift.controller.conversions import PLANNED, REFUSED
 from sealift.controller.models import ConversionRow, EventRow, MigrationRow
 from sealift.controller.rekey import RekeyedVm
 from sealift.controller.sights import SeenHost, SeenVm
+from sealift.controller.unlocking import Restored
+from sealift.controller.vm_keys import file_on_host, what_it_is, what_to_do
 from sealift.domain.conversion import CONVERSION_FINAL, ConversionKind, ConversionState, ConversionStatus
 from sealift.domain.lifecycle import FINAL, State
 from sealift.domain.move import LinkReport, MoveStatus
@@ -27,11 +29,6 @@ _STATES: dict[str, Literal["planned", "refused", "copying", "verifying", "swappi
     PLANNED: PLANNED,
     REFUSED: REFUSED,
     **{state.value: state.value for state in ConversionState},
-}
-_TAMPERED = {
-    Verdict.TAMPERED: "its configuration file on host {host} was changed",
-    Verdict.OLDER: "its configuration file on host {host} is an older copy",
-    Verdict.NEWER: "its configuration file on host {host} is newer than the controller's copy",
 }
 
 
@@ -74,19 +71,21 @@ def vm(seen: SeenVm) -> Vm:
     )
 
 
+def restored(seen: SeenVm, outcome: Restored) -> VmRestored:
+    """A VM whose configuration file was put back, if it had to be."""
+    return VmRestored(**dict(vm(seen)), outcome=outcome.value)
+
+
 def vm_encryption(seen: SeenVm) -> VmEncryption:
     """What encrypts a VM, and whether it can start: a file that was changed comes before a key that is away."""
-    row, verdict = seen.row, seen.file.verdict if seen.file else Verdict.OK
-    state: Literal["ok", "locked", "tampered"] = "ok"
-    message = seen.note
-    if verdict in _TAMPERED:
-        state = "tampered"
-        message = f"{_TAMPERED[verdict].format(host=seen.host)}; `sealift vm restore-config {row.name}` sees to it"
-    elif verdict is Verdict.LOCKED:
-        state = "locked"
-        why = "; ".join(seen.file.lines) if seen.file else ""
-        message = f"its configuration file on host {seen.host} is not the last one written; {why}"
-    elif row.lock_reason and (seen.status is None or seen.status.state in (VmState.STOPPED, VmState.CRASHED)):
+    row, status, file = seen.row, seen.status, seen.file
+    state: Literal["ok", "locked", "tampered", "unknown"] = "ok" if file else "unknown"
+    message, lines = seen.note, list(file.lines) if file else []
+    if file and status and file.verdict is not Verdict.OK:
+        state = "locked" if file.verdict is Verdict.LOCKED else "tampered"
+        wrong, todo = what_it_is(file_on_host(status), file), what_to_do(row.name, file)
+        message = f"its configuration file on host {seen.host} {wrong}; {todo}"
+    elif row.lock_reason and (status is None or status.state in (VmState.STOPPED, VmState.CRASHED)):
         state, message = "locked", row.lock_reason
     return VmEncryption(
         provider=row.provider or "",
@@ -95,7 +94,7 @@ def vm_encryption(seen: SeenVm) -> VmEncryption:
         generation=row.generation,
         state=state,
         message=message,
-        lines=list(seen.file.lines) if seen.file and verdict in _TAMPERED else [],
+        lines=lines,
     )
 
 

@@ -137,6 +137,16 @@ class Vm(Document):
     message: str = ""
 
 
+class VmRestored(Vm):
+    """The answer to POST vms/{name}/restore-config: the VM as it is then, and what was done to its file.
+
+    ``unchanged``: the file was the last one already; ``restored``: the controller's copy was put back; ``adopted``: a
+    newer authentic one was taken over from the host.
+    """
+
+    outcome: Literal["unchanged", "restored", "adopted"]
+
+
 # Migrations
 
 

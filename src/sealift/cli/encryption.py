@@ -61,7 +61,7 @@ def encrypt(output: Output, name: str, provider: str | None, verify: str | None,
     """
     from sealift.api.encryption import EncryptRequest
 
-    fields = {"provider": _provider(provider), "verify": verify or "sample", "dry_run": dry_run}
+    fields = {"provider": provider_name(provider), "verify": verify or "sample", "dry_run": dry_run}
     wish = EncryptRequest.model_validate(fields)
     _carry_out(output, lambda client: client.encrypt_vm(name, wish), dry_run=dry_run, detach=detach)
 
@@ -108,8 +108,14 @@ def rekey(
     Only with --deep are the disks copied under new keys; the VM must be stopped then, and Ctrl-C is as with encrypt.
     """
     if source is not None or target is not None:
-        if name is not None or source is None or target is None:
-            raise InvalidInput("--from and --to go together, without a VM", todo="see `sealift vm rekey --help`")
+        if source is None or target is None:
+            given, missing = ("--from", "--to") if target is None else ("--to", "--from")
+            raise InvalidInput(f"{given} needs {missing} as well", todo=f"add {missing} with a key provider's name")
+        if name is not None:
+            raise InvalidInput(
+                "--from and --to rekey all VMs of a key provider, and a VM is named too",
+                todo=f"leave VM {name} out, or rekey just that one with `sealift vm rekey {name} --provider {target}`",
+            )
         if deep or provider is not None or verify or dry_run or detach:
             raise InvalidInput("with --from and --to nothing else can be chosen", todo="see `sealift vm rekey --help`")
         _rekey_many(output, source, target)
@@ -122,7 +128,7 @@ def rekey(
         )
     from sealift.api.encryption import RekeyRequest
 
-    fields = {"provider": _provider(provider), "deep": deep, "verify": verify or "sample", "dry_run": dry_run}
+    fields = {"provider": provider_name(provider), "deep": deep, "verify": verify or "sample", "dry_run": dry_run}
     wish = RekeyRequest.model_validate(fields)
     _carry_out(output, lambda client: client.rekey_vm(name, wish), dry_run=dry_run, detach=detach)
 
@@ -185,10 +191,20 @@ def restore_config(output: Output, name: str) -> None:
         found = client.restore_config(name)
     if output.json:
         output.document(found)
-    output.say(f"VM {found.name} on {found.host} has an authentic configuration file again.")
+    now = found.encryption
+    which = f"its configuration file of generation {now.generation}" if now else "its configuration file"
+    done = {
+        "unchanged": f"has {which} already, the last authentic one; nothing was changed",
+        "restored": f"has {which} again, the last authentic one: it was put back",
+        "adopted": f"has {which}, authentic and newer than the controller's copy: it was taken over from there",
+    }
+    output.say(f"VM {found.name} on {found.host} {done[found.outcome]}.")
+    if now is not None and now.state in ("locked", "tampered"):
+        output.say(f"It is still {now.state.upper()}: {now.message}")
 
 
-def _provider(name: str | None) -> str | None:
+def provider_name(name: str | None) -> str | None:
+    """A provider's name as it was given; raises InvalidInput for what could not be one."""
     from sealift.domain.vm import check_name
 
-    return None if name is None else check_name("key provider", name)
+    return None if name is None else check_name("key provider", name, quote=True)

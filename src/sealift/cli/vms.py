@@ -8,7 +8,7 @@ import click
 
 from sealift.cli import quantities
 from sealift.cli.credentials import connect
-from sealift.cli.encryption import PROVIDER, VERIFY
+from sealift.cli.encryption import PROVIDER, VERIFY, provider_name
 from sealift.cli.following import Interrupts
 from sealift.cli.output import Output, json_option, pass_output
 from sealift.errors import InvalidInput
@@ -23,7 +23,7 @@ MODES = ("disabled", "opportunistic", "required")
 
 @click.group()
 def vm() -> None:
-    """VMs: create, start, stop, list, show, set, delete; encrypt, decrypt, rekey."""
+    """VMs: create, start, stop, list, show, set, delete; encrypt, decrypt, rekey, restore-config."""
 
 
 @vm.command()
@@ -42,6 +42,7 @@ def create(output: Output, file: TextIO, host: str, encrypt: bool, provider: str
     """
     if not encrypt and (provider or verify):
         raise InvalidInput("--provider and --verify are for a VM that is encrypted", todo="add --encrypt")
+    provider = provider_name(provider)
     try:
         text = file.read()
     except UnicodeDecodeError:
@@ -64,6 +65,8 @@ def _create_encrypted(output: Output, host: str, text: str, provider: str | None
             host, text, encrypt=True, provider=provider, verify="full" if verify == "full" else "sample"
         )
         end = converting.follow(client, _conversion_of(client, made), output, interrupts, cancel=True)
+        if output.json and end.state != "done":
+            output.document(end)  # there is no VM to show
         converting.check(end, creating=True)
         converting.tell(output, end)
         if output.json:
@@ -147,7 +150,7 @@ def _at_rest(one: Vm) -> str:
         return "converting"
     if one.encryption is None:
         return "yes" if one.encrypted else "no"
-    return {"ok": "ok", "locked": "LOCKED", "tampered": "TAMPERED"}[one.encryption.state]
+    return {"ok": "ok", "locked": "LOCKED", "tampered": "TAMPERED", "unknown": "yes"}[one.encryption.state]
 
 
 def _setting(one: Vm) -> str:
@@ -207,7 +210,7 @@ def _encryption(one: Vm) -> list[tuple[str, str]]:
     if one.encryption is None:
         return []
     return [
-        ("because", one.encryption.message),
+        ("because" if one.encryption.state in ("locked", "tampered") else "note", one.encryption.message),
         ("key provider", one.encryption.provider),
         ("key id", one.encryption.key_id),
         ("cipher", one.encryption.cipher),
@@ -230,7 +233,8 @@ def _conversion(one: Conversion | None) -> list[tuple[str, str]]:
     "--migrate-encryption",
     required=True,
     type=click.Choice(MODES),
-    help="disabled: always plain; opportunistic: sealed where both hosts can; required: sealed or not at all.",
+    help="disabled: always plain; opportunistic: sealed where both hosts can; required: sealed or not at all, which an"
+    " encrypted VM always is.",
 )
 @json_option
 @pass_output

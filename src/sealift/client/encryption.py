@@ -10,9 +10,8 @@ from uuid import UUID
 from pydantic import SecretStr
 
 from sealift.api import encryption as wire
-from sealift.api.schemas import Vm
-from sealift.client.connection import Connection
-from sealift.domain.vm import check_name
+from sealift.api.schemas import VmRestored
+from sealift.client.connection import Connection, named
 from sealift.secret import Secret
 
 REKEY_MANY_S = 3600.0
@@ -44,7 +43,7 @@ class KeyProviders(_Part):
 
     def add_key_provider(self, wish: wire.KeyProviderAdd) -> wire.KeyProviderAdded:
         """Add a key provider; raises AlreadyExists."""
-        check_name("key provider", wish.name)
+        named("key provider", wish.name)
         return self._connection.ask(wire.KeyProviderAdded, "POST", "key-providers", wish)
 
     def make_default(self, name: str) -> wire.KeyProvider:
@@ -101,13 +100,13 @@ class EncryptedVms(_Part):
         That may take long, see ``REKEY_MANY_S``.
         """
         wish = wire.RekeyManyRequest(
-            source=check_name("key provider", source), target=check_name("key provider", target)
+            source=named("key provider", source), target=named("key provider", target)
         )
         return self._connection.ask(list[wire.Rekeyed], "POST", "rekey", wish, answer_s=REKEY_MANY_S)
 
-    def restore_config(self, name: str) -> Vm:
+    def restore_config(self, name: str) -> VmRestored:
         """Put back the last authentic copy of an encrypted VM's configuration file; raises Conflict, VmLocked."""
-        return self._connection.ask(Vm, "POST", f"{_vm(name)}/restore-config")
+        return self._connection.ask(VmRestored, "POST", f"{_vm(name)}/restore-config")
 
     def conversions(self) -> list[wire.Conversion]:
         """The newest conversions, newest first."""
@@ -131,13 +130,13 @@ class Settings(_Part):
 
     def set_setting(self, name: str, value: str) -> wire.Setting:
         """Change a setting."""
-        path = f"settings/{check_name('setting', name)}"
+        path = f"settings/{named('setting', name)}"
         return self._connection.ask(wire.Setting, "PUT", path, wire.SettingChange(value=value))
 
 
 def _provider(name: str) -> str:
-    return f"key-providers/{check_name('key provider', name)}"
+    return f"key-providers/{named('key provider', name)}"
 
 
 def _vm(name: str) -> str:
-    return f"vms/{check_name('VM', name)}"
+    return f"vms/{named('VM', name)}"

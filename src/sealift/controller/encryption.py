@@ -18,7 +18,7 @@ from sealift.controller.models import ConversionRow, HostRow, VmRow
 from sealift.controller.new_vm import CONFIG, new_vm, parse_new, require_new
 from sealift.controller.rekey import AT_ONCE, RekeyedVm, Rekeying, not_locked_out
 from sealift.controller.sights import SeenVm
-from sealift.controller.unlocking import restore_file
+from sealift.controller.unlocking import Restored, restore_file
 from sealift.controller.vm_keys import draw_deks, write_file
 from sealift.domain.conversion import ConversionKind, ConversionOrder, ConversionState, ConversionStatus
 from sealift.domain.deks import Deks, wipe
@@ -78,7 +78,12 @@ class Encryption:
                 wipe(plan.deks)
                 plan.findings.append(not_locked_out(vm))
                 return _record(wish, vm, host, plan)
-            row = await self._rekeying.begin(wish, vm, host, provider)
+            try:
+                row = await self._rekeying.begin(wish, vm, host, provider)
+            except SealiftError as error:
+                if not isinstance(error, Unreachable):
+                    await self._tell_refused(new_row(wish, vm, host), error.what)
+                raise
             try:
                 return await self._rekeying.settle(row, self._inventory.link(host), first=True)
             except BaseException:
@@ -89,9 +94,13 @@ class Encryption:
     async def rekey_many(self, source: str, target: str, *, asked_by: str) -> Sequence[RekeyedVm]:
         """Shallow-rekey every VM whose key is at ``source`` to ``target``; one that fails does not stop the others.
 
-        Raises NotFound and ProviderNotExported when nothing could be made at ``target``.
+        Raises NotFound and ProviderNotExported when nothing could be made at ``target``, and NotFound for a ``source``
+        that is not there and that no VM refers to.
         """
         await self._planner.providers.require_usable(target)
+        vms = await self._rekeying.vms_of(source)
+        if not vms:
+            await self._planner.providers.require_there(source)
         room = asyncio.Semaphore(AT_ONCE)
 
         async def one(vm: VmRow) -> RekeyedVm:
@@ -105,7 +114,7 @@ class Encryption:
                     return replace(old, error=error.with_traceback(None))
             return replace(old, provider=row.provider, key_id=row.key_id)
 
-        return await asyncio.gather(*(one(vm) for vm in await self._rekeying.vms_of(source)))
+        return await asyncio.gather(*(one(vm) for vm in vms))
 
     async def create(
         self, host: str, text: str, provider: str | None, *, verify: Verify, asked_by: str
@@ -123,7 +132,7 @@ class Encryption:
         plan = await self._planner.plan(wish.kind, vm, host_row, provider, is_new=True)
         row = _record(wish, vm, host_row, plan)
         if plan.refused:
-            await self._tell_refused(row)
+            await self._tell_refused(row, row.error)
             return row
         delivery = await self._prepare(row, vm, plan, with_vm=True)
         try:
@@ -143,16 +152,17 @@ class Encryption:
         await self._inventory.tell(told, "vm.created", vm.name, host)
         return row
 
-    async def restore_config(self, name: str, *, asked_by: str) -> SeenVm:
+    async def restore_config(self, name: str, *, asked_by: str) -> tuple[SeenVm, Restored]:
         """Put the last authentic configuration file of a VM back on its host, or take over a newer one from there.
 
+        Answers the VM as it is then, and which of the two it was, if the file had to be touched at all.
         Raises Conflict for a VM in clear, VmLocked for a file that claims to be newer while its key cannot be had.
         """
         async with self._inventory.turn(name) as (vm, host):
             inventory = self._inventory
             link = inventory.link(host)
-            await restore_file(inventory.keys, inventory.events, link, vm, host, asked_by=asked_by)
-        return await self._inventory.vm(name)
+            outcome = await restore_file(inventory.keys, inventory.events, link, vm, host, asked_by=asked_by)
+        return await self._inventory.vm(name), outcome
 
     async def cancel(self, conversion: UUID, *, asked_by: str) -> ConversionRow:
         """Ask for a conversion to end with the old images in place; raises NotFound, Conflict when it is too late."""
@@ -201,7 +211,7 @@ class Encryption:
             if plan.refused or dry_run:
                 wipe(plan.deks)
                 if not dry_run:
-                    await self._tell_refused(row)
+                    await self._tell_refused(row, row.error)
                 return row
             delivery = await self._prepare(row, vm, plan, with_vm=False)
         self._begin(row, delivery, never_sent=False)
@@ -230,8 +240,8 @@ class Encryption:
             new = {}
         return Delivery(_order(row, after), {**plan.deks, **new})
 
-    async def _tell_refused(self, row: ConversionRow) -> None:
-        text = f"{row.requested_by} asked to {what(row)} VM {row.vm_name}, which was refused: {row.error}"
+    async def _tell_refused(self, row: ConversionRow, why: str) -> None:
+        text = f"{row.requested_by} asked to {what(row)} VM {row.vm_name}, which was refused: {why}"
         await self._inventory.tell(text, "conversion.refused", row.vm_name, row.host_name)
 
     def _begin(self, row: ConversionRow, delivery: Delivery | None, *, never_sent: bool) -> None:

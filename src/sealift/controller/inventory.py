@@ -13,11 +13,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from sealift.controller.events import EventLog, Happening
 from sealift.controller.link import AgentLink, Links, Peer
-from sealift.controller.models import ConversionRow, HostRow, MigrationRow, VmRow
+from sealift.controller.models import ConversionRow, HostRow, KeyProviderRow, MigrationRow, VmRow
 from sealift.controller.new_vm import CONFIG, new_vm, parse_new, require_new
 from sealift.controller.sights import SeenHost, SeenVm
 from sealift.controller.unlocking import ready_to_start
-from sealift.controller.vm_keys import VmKeys, cannot_tell, file_on_host, unknown_keys
+from sealift.controller.vm_keys import VmKeys, file_on_host, unknown_keys
 from sealift.domain.policy import Capability, MigrateEncryption
 from sealift.domain.vm import VmState, VmStatus, check_name
 from sealift.errors import Conflict, NotFound, SealiftError, Unreachable
@@ -142,6 +142,7 @@ class Inventory:
             unfinished = select(ConversionRow).where(ConversionRow.finished_at.is_(None))
             conversions = {row.vm: row for row in await session.scalars(unfinished)}
             # Those that an order changed while their hosts were asked: of them two things of two times are known.
+            providers = frozenset(await session.scalars(select(KeyProviderRow.name)))
             again = select(VmRow).where(VmRow.uuid.in_([row.uuid for row in rows]))
             now = {row.uuid: _orders_key(row) for row in await session.scalars(again)}
         changed = {row.uuid for row in rows if now.get(row.uuid) != _orders_key(row)}
@@ -169,7 +170,7 @@ class Inventory:
                 status,
                 error,
                 files.get(row.uuid),
-                self.keys.notes.get(row.uuid, ""),
+                self.keys.notes(row, providers) if row.encrypted else "",
                 conversions[row.uuid].id if row.uuid in conversions else None,
             )
             for row, status, error in found
@@ -183,7 +184,7 @@ class Inventory:
         The keeper asks too, and waits; so what is not known in time is known later.
         """
         judged: dict[UUID, Judgement] = {}
-        asked: dict[asyncio.Task[Judgement], VmRow] = {}
+        asked: dict[asyncio.Task[Judgement], tuple[VmRow, bytes]] = {}
         for row, file in found:
             if not row.encrypted:
                 continue
@@ -193,11 +194,12 @@ class Inventory:
             elif (known := self.keys.judged(row, file)) is not None:
                 judged[row.uuid] = known
             else:
-                asked[asyncio.create_task(self.keys.judge(row, file))] = row
+                asked[asyncio.create_task(self.keys.judge(row, file))] = row, file
         if asked:
             await _within(asked, JUDGE_S)
-        for task, row in asked.items():
-            judged[row.uuid] = cannot_tell(row, "was not had in time") if task.cancelled() else task.result()
+        for task, (row, file) in asked.items():
+            late = "the key that it names was not had in time"
+            judged[row.uuid] = self.keys.unproved(row, file, late) if task.cancelled() else task.result()
         return judged
 
     async def create_vm(self, host: str, text: str, *, asked_by: str) -> SeenVm:

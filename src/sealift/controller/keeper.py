@@ -21,11 +21,11 @@ from sealift.controller.events import EventLog, Happening
 from sealift.controller.inventory import Inventory
 from sealift.controller.models import HostRow, VmRow
 from sealift.controller.providers import Providers
-from sealift.controller.unlocking import tell_tampered
-from sealift.controller.vm_keys import VmKeys, file_on_host, holds_all
+from sealift.controller.unlocking import tell_file
+from sealift.controller.vm_keys import VmKeys, file_on_host, holds_all, locked
 from sealift.domain.deks import wipe
 from sealift.domain.vm import VmState, VmStatus
-from sealift.errors import EncryptionError, NotFound, SealiftError
+from sealift.errors import EncryptionError, KeyNotActive, NotFound, SealiftError
 from sealift.keys.bundle import Verdict
 
 log = structlog.get_logger("sealift.keeper")
@@ -52,6 +52,7 @@ class Keeper:
     ) -> None:
         self._events, self._inventory, self._providers = events, inventory, providers
         self._every_s, self._probe_s = every_s, probe_s
+        self._weak: dict[UUID, str] = {}  # what was said of keys that are not active
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -148,32 +149,49 @@ class Keeper:
         vm, status = placed.vm, placed.status
         runs = status.state in RUNS
         try:
-            file = await self._keys.judge(vm, file_on_host(status))
-            if file.verdict is Verdict.OK:
+            file = file_on_host(status)
+            found = await self._keys.judge(vm, file)
+            if found.verdict is Verdict.OK:
                 self._keys.told.pop(vm.uuid, None)
-            elif file.verdict is not Verdict.LOCKED:
+            else:
                 async with self._inventory.between_orders(vm) as same:
                     if not same:
                         return
-                    await tell_tampered(self._keys, self._events, vm, placed.host.name, file)
+                    await tell_file(self._keys, self._events, vm, placed.host.name, file, found)
             if not holds_all(vm, status) and not await self._hand_out(placed):
                 return  # an order came in between
         except EncryptionError as error:
             async with self._inventory.between_orders(vm) as same:
                 if same and runs:
                     # It goes on with the keys that its QEMU has; only moving it back here would need more.
-                    self._keys.notes[vm.uuid] = f"host {placed.host.name} has lost its keys: {error.what}"
+                    self._keys.lost[vm.uuid] = f"host {placed.host.name} has lost its keys: {error.what}"
                 elif same:
-                    await self._lock(vm, error)
+                    await self._lock(vm, locked(vm.name, error))
             return
         except SealiftError as error:
             log.info("keys could not be handed out", vm=vm.name, host=placed.host.name, error=str(error))
             return
-        self._keys.notes.pop(vm.uuid, None)
-        if vm.lock_reason:
+        self._keys.lost.pop(vm.uuid, None)
+        weak = self._keys.not_active(vm)
+        if vm.lock_reason or weak != self._weak.get(vm.uuid, ""):
             async with self._inventory.between_orders(vm) as same:
                 if same:
                     await self._unlock(placed)
+                    await self._tell_weak(placed, weak)
+
+    async def _tell_weak(self, placed: _Placed, weak: str) -> None:
+        """An event about a key that is not active, once; it opens the VM's disks at its host all the same."""
+        if weak == self._weak.get(placed.vm.uuid, ""):
+            return
+        self._weak[placed.vm.uuid] = weak
+        if weak:
+            async with self._events.transaction() as session:
+                self._events.add(
+                    session,
+                    Happening(
+                        "vm.key_not_active", weak, host=placed.host.name, vm=placed.vm.name, slug=KeyNotActive.slug
+                    ),
+                )
 
     async def _hand_out(self, placed: _Placed) -> bool:
         vm = placed.vm

@@ -175,9 +175,9 @@ def _found_again(key_ids: list[str]) -> str:
 
 def _locked(error: SealiftError, provider: str, key_id: str, vm: str) -> VmLocked:
     """What a person is told of a VM whose key cannot be had: ``error`` is why."""
-    cause, todo = error.what, error.todo or f"see `sealift key-provider test {provider}`"
+    cause = error.reason if isinstance(error, KeyProviderError) else error.what
+    todo = error.todo or f"bring it back; see `sealift key-provider test {provider}`"
     if isinstance(error, NotFound):
         cause = "there is no key provider of that name"
         todo = f"add or import key provider {provider} again, under that name"
-    todo += "; the VM unlocks by itself when its key can be had"
-    return VmLocked(f"VM {vm} is locked: key {key_id} of key provider {provider} cannot be had: {cause}", todo=todo)
+    return VmLocked(f"VM {vm} needs key {key_id} of key provider {provider}, which cannot be had: {cause}", todo=todo)

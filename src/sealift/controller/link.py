@@ -8,6 +8,7 @@ at the end of the handshake, before a byte of any request is sent.
 from __future__ import annotations
 
 import json
+import os
 import ssl
 import time
 from collections.abc import Sequence
@@ -246,23 +247,31 @@ class AgentLink:
             )
         except httpx2.HTTPError as error:
             # Raised below, outside of this block: the error holds the request, and the request may hold a secret.
-            failure = self._explain(error)
+            failure = self._explain(error, timeout)
         else:
             if not response.is_error:
                 return response.content
             failure = self._problem(response)
         raise failure
 
-    def _explain(self, error: httpx2.HTTPError) -> SealiftError:
+    def _explain(self, error: httpx2.HTTPError, timeout: float) -> SealiftError:
         cause: BaseException | None = error
+        why = "the connection ended"
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return HostIdentityMismatch(
                     f"whoever answers at {self.peer.address} has no certificate of this controller's hosts",
                     todo=f"see what runs there; is it host {self.peer.name}?",
                 )
+            if isinstance(cause, ssl.SSLError):
+                why = f"TLS failed ({cause.reason or 'it was cut off'})"
+            elif isinstance(cause, OSError) and cause.strerror:
+                why = os.strerror(cause.errno).lower() if cause.errno and cause.errno > 0 else cause.strerror
             cause = cause.__cause__ or cause.__context__
-        return self._unreachable(f"did not answer: {type(error).__name__}")
+        if isinstance(error, httpx2.TimeoutException):
+            seconds = CONNECT_S if isinstance(error, httpx2.ConnectTimeout) else timeout
+            why = f"no answer within {seconds:g} s"
+        return self._unreachable(f"did not answer: {why}")
 
     def _problem(self, response: httpx2.Response) -> SealiftError:
         try:

@@ -113,26 +113,28 @@ async def _unwrap(
         if status is None or not status.config.deks:
             return None, {}
         what = f"host {source.name} has VM {vm.name} encrypted, and the controller knows no keys of it"
-        return KeyFacts("", file=f"{what}; `sealift vm restore-config {vm.name}` takes its configuration file over"), {}
-    facts = KeyFacts(vm.provider or "")
+        todo = f"`sealift vm restore-config {vm.name}` takes its configuration file over"
+        return KeyFacts(file=what, file_todo=todo), {}
+    facts = KeyFacts()
     if status is not None:
         try:
             await inventory.keys.require_own_file(vm, source.name, status)
         except SealiftError as error:
-            facts = replace(facts, file=error.what)
+            facts = replace(facts, file=error.what, file_todo=error.todo)
     deks: dict[UUID, Secret] = {}
     try:
         deks, state = await inventory.keys.deks(vm)
-        trouble = "" if state is KeyState.ACTIVE else f"key {vm.key_id} of key provider {vm.provider} is {state.value}"
+        if state is KeyState.ACTIVE:
+            return facts, deks
+        trouble = f"key {vm.key_id} of key provider {vm.provider} is {state.value}"
+        facts = replace(facts, trouble=trouble, todo=f"`sealift vm rekey {vm.name}` gives it a new key")
     except SealiftError as error:
-        trouble = error.what
-    if not trouble:
-        return facts, deks
+        facts = replace(facts, trouble=error.what, todo=error.todo, away=True)
     wipe(deks)
     held = False
     with suppress(SealiftError):  # one that does not answer is refused for that
         held = await inventory.link(target).holds(vm.uuid, deks_needed(vm))
-    return replace(facts, trouble=trouble, held=held), {}
+    return replace(facts, held=held), {}
 
 
 async def _status(inventory: Inventory, vm: VmRow, source: HostRow) -> VmStatus | None:

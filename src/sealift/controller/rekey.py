@@ -62,15 +62,15 @@ class Rekeying:
             raise Conflict(f"VM {vm.name} is not encrypted", todo=f"`sealift vm encrypt {vm.name}` encrypts it")
         link = self._tools.inventory.link(host)
         await self._tools.inventory.keys.require_own_file(vm, host.name, await link.vm(vm.uuid))
-        new_provider = provider or vm.provider or ""
-        await self._providers.require_usable(new_provider)
         row = new_row(wish, vm, host)
-        row.state, row.provider = ConversionState.SWAPPING.value, new_provider
+        row.state, row.provider = ConversionState.SWAPPING.value, provider or vm.provider or ""
         row.findings = [vars(not_locked_out(vm))]
+        # First: who removed the provider is to hear that the VM's present key is needed, whatever the new one's is.
         old_kek, _ = await self._tools.inventory.keys.kek(vm)
         keyring = self._tools.inventory.keys.keyring
         try:
-            row.key_id, kek = await keyring.new_kek(new_provider, vm.uuid, vm.name)
+            await self._providers.require_usable(row.provider)
+            row.key_id, kek = await keyring.new_kek(row.provider, vm.uuid, vm.name)
             try:
                 row.after_file = _write(vm, row, old_kek, kek)
                 row = await self._tools.records.begin(row, with_vm=None)

@@ -32,8 +32,8 @@ class SeenHost:
 class SeenVm:
     """A VM as it was just seen; ``error`` says why it has no ``status``.
 
-    Of an encrypted one ``file`` is what to think of its configuration file, if its host answered, and ``note`` why its
-    host could not be given its keys again although it runs. ``conversion`` is the one under way.
+    Of an encrypted one ``file`` is what to think of its configuration file, if its host answered, and ``note`` what is
+    to be known of its keys although it can be used. ``conversion`` is the one under way.
     """
 
     row: VmRow

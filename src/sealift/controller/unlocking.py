@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 import structlog
 
 from sealift.controller.events import EventLog, Happening
 from sealift.controller.link import AgentLink
 from sealift.controller.models import HostRow, VmRow
 from sealift.controller.new_vm import CONFIG
-from sealift.controller.vm_keys import VmKeys, describe, file_hash, file_on_host, holds_all, own_file
+from sealift.controller.vm_keys import VmKeys, describe, file_hash, file_on_host, holds_all, locked, own_file
 from sealift.domain.deks import wipe
 from sealift.domain.policy import MigrateEncryption
-from sealift.errors import BundleInvalid, Conflict, NotFound, VmLocked, VmTampered
+from sealift.errors import BundleInvalid, Conflict, NotFound, VmLocked
 from sealift.keys import bundle
-from sealift.keys.bundle import Judgement
+from sealift.keys.bundle import Judgement, Verdict
 
 log = structlog.get_logger("sealift.unlocking")
+
+
+class Restored(Enum):
+    """What restoring a configuration file came to."""
+
+    UNCHANGED = "unchanged"  # the file on the host was the last one already
+    RESTORED = "restored"  # the controller's copy was put back
+    ADOPTED = "adopted"  # a newer one from the host was taken over
 
 
 async def ready_to_start(keys: VmKeys, events: EventLog, link: AgentLink, row: VmRow) -> str:
@@ -24,13 +34,17 @@ async def ready_to_start(keys: VmKeys, events: EventLog, link: AgentLink, row: V
     The provider is asked only if the host lacks the keys or the file differs. Raises VmTampered, VmLocked, NotFound.
     """
     status = await link.vm(row.uuid)
-    try:
-        await keys.require_own_file(row, link.peer.name, status)
-    except VmTampered:
-        await tell_tampered(keys, events, row, link.peer.name, await keys.judge(row, file_on_host(status)))
-        raise
+    file = file_on_host(status)
+    found = await keys.judge(row, file)
+    if found.verdict is not Verdict.OK:
+        await tell_file(keys, events, row, link.peer.name, file, found)
+        error = describe(row.name, link.peer.name, file, found)
+        raise locked(row.name, error) if isinstance(error, VmLocked) else error
     if not holds_all(row, status):
-        deks, _ = await keys.deks(row)
+        try:
+            deks, _ = await keys.deks(row)
+        except VmLocked as error:
+            raise locked(row.name, error) from error
         try:
             await link.put_keys(row.uuid, row.fence, deks)
         finally:
@@ -38,19 +52,20 @@ async def ready_to_start(keys: VmKeys, events: EventLog, link: AgentLink, row: V
     return file_hash(own_file(row))
 
 
-async def tell_tampered(keys: VmKeys, events: EventLog, row: VmRow, host: str, judgement: Judgement) -> None:
+async def tell_file(keys: VmKeys, events: EventLog, row: VmRow, host: str, file: bytes, judgement: Judgement) -> None:
     """An event, once for each way in which the file of a VM differs."""
-    error = describe(row.name, host, judgement)
+    error = describe(row.name, host, file, judgement)
     if keys.told.get(row.uuid) == str(error):
         return
     keys.told[row.uuid] = str(error)
+    kind = "vm.config_unclear" if isinstance(error, VmLocked) else "vm.tampered"
     async with events.transaction() as session:
-        events.add(session, Happening("vm.tampered", error.what, host=host, vm=row.name, slug=error.slug))
+        events.add(session, Happening(kind, error.what, host=host, vm=row.name, slug=error.slug))
 
 
 async def restore_file(
     keys: VmKeys, events: EventLog, link: AgentLink, row: VmRow, host: HostRow, *, asked_by: str
-) -> None:
+) -> Restored:
     """Put the last authentic configuration file back on the VM's host; or adopt a newer authentic one from there.
 
     The very bytes are put back, so this needs no key, and may be done again if the answer is lost. A newer one is never
@@ -59,20 +74,22 @@ async def restore_file(
     """
     now = file_on_host(await link.vm(row.uuid))
     last = own_file(row) if row.encrypted else b""
-    keys.told.pop(row.uuid, None)
     if now == last and row.encrypted:
-        return
+        return Restored.UNCHANGED
     if await _adopt(keys, events, row, now, host, asked_by=asked_by):
-        return
+        keys.told.pop(row.uuid, None)
+        return Restored.ADOPTED
     if not row.encrypted:
         raise Conflict(f"VM {row.name} is not encrypted; it has no such file", todo="there is nothing to restore")
     await link.put_file(row.uuid, row.fence, last)
+    keys.told.pop(row.uuid, None)
     text = (
         f"VM {row.name}: its last authentic configuration file (generation {row.generation}) was put back on host "
         f"{host.name} by {asked_by}"
     )
     async with events.transaction() as session:
         events.add(session, Happening("vm.config_restored", text, host=host.name, vm=row.name))
+    return Restored.RESTORED
 
 
 async def _adopt(keys: VmKeys, events: EventLog, row: VmRow, file: bytes, host: HostRow, *, asked_by: str) -> bool:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from sealift.controller.keyring import Keyring
@@ -15,7 +16,7 @@ from sealift.controller.models import VmRow
 from sealift.controller.new_vm import CONFIG
 from sealift.domain.deks import DEK_BYTES, Deks, wipe
 from sealift.domain.vm import VmConfig, VmStatus
-from sealift.errors import BundleInvalid, Conflict, KeyMissing, UnwrapFailed, VmLocked, VmTampered
+from sealift.errors import Conflict, KeyMissing, NotFound, SealiftError, UnwrapFailed, VmLocked, VmTampered
 from sealift.keys import bundle, envelope
 from sealift.keys.bundle import Bundle, Judgement, Verdict, WrappedDek
 from sealift.keys.provider import KeyState
@@ -96,33 +97,61 @@ def holds_all(row: VmRow, status: VmStatus) -> bool:
     return set(deks_needed(row)) <= set(status.held)
 
 
-def describe(name: str, host: str, judgement: Judgement) -> VmTampered:
-    """What is wrong with the configuration file on a host, as an error."""
+def what_it_is(file: bytes, judgement: Judgement) -> str:
+    """What is wrong with the configuration file that a host has, after "the configuration file"."""
     match judgement.verdict:
         case Verdict.OLDER:
-            what = f"the configuration file of VM {name} on host {host} is an older copy"
+            return "is an older copy"
         case Verdict.NEWER:
-            what = f"the configuration file of VM {name} on host {host} is newer than the controller's copy"
-        case _:
-            lines = "; ".join(judgement.lines) or "it is missing or empty"
-            what = f"the configuration file of VM {name} on host {host} was changed: {lines}"
-    todo = f"find out who did it; `sealift vm restore-config {name}` puts the last authentic copy back"
-    if judgement.verdict is Verdict.NEWER:
-        todo = f"`sealift vm restore-config {name}` takes it over; it may hold the only keys of the VM's disks"
-    return VmTampered(what, todo=todo)
+            return "is newer than the controller's copy"
+        case Verdict.LOCKED:
+            return f"claims to be newer than the controller's copy, which cannot be proved: {judgement.unproved}"
+    if not file:
+        return "is missing or empty"
+    if judgement.unproved:
+        return f"was changed, or is an older copy, which cannot be told apart: {judgement.unproved}"
+    return "was changed"
+
+
+def what_to_do(name: str, judgement: Judgement) -> str:
+    """What a person does about a configuration file that is not the last one written."""
+    match judgement.verdict:
+        case Verdict.NEWER:
+            return f"`sealift vm restore-config {name}` takes it over; it may hold the only keys of the VM's disks"
+        case Verdict.LOCKED:
+            return (
+                "bring that key back, `sealift key-provider list` shows all providers; or, if nobody can have written "
+                f"a newer file, move it away on the host, then `sealift vm restore-config {name}`"
+            )
+    return f"find out who did it; `sealift vm restore-config {name}` puts the last authentic copy back"
+
+
+def describe(name: str, host: str, file: bytes, judgement: Judgement) -> VmTampered | VmLocked:
+    """What is wrong with the configuration file on a host, as an error."""
+    what = f"the configuration file of VM {name} on host {host} {what_it_is(file, judgement)}"
+    if file and judgement.lines:
+        what += f": {'; '.join(judgement.lines)}"
+    kind = VmLocked if judgement.verdict is Verdict.LOCKED else VmTampered
+    return kind(what, todo=what_to_do(name, judgement))
+
+
+def locked(name: str, error: SealiftError) -> VmLocked:
+    """That a VM cannot be started, since ``error`` keeps its keys away."""
+    return VmLocked(f"VM {name} is locked: {error.what}", todo=f"{error.todo}; then it unlocks by itself")
 
 
 @dataclass
 class VmKeys:
     """The way to the keys of VMs.
 
-    ``notes`` says of a VM that runs why its host could not be given its keys again, ``told`` what was last said of a
+    ``lost`` says of a VM that runs why its host could not be given its keys again, ``told`` what was last said of a
     configuration file that is not the last one written.
     """
 
     keyring: Keyring
-    notes: dict[UUID, str] = field(default_factory=dict)
+    lost: dict[UUID, str] = field(default_factory=dict)
     told: dict[UUID, str] = field(default_factory=dict)
+    _not_active: dict[UUID, tuple[str | None, str | None, KeyState]] = field(default_factory=dict)
     _judged: dict[tuple[bytes, bytes], Judgement] = field(default_factory=dict)
 
     async def kek(self, row: VmRow) -> tuple[Secret, KeyState]:
@@ -134,11 +163,35 @@ class VmKeys:
         if not bundle.authentic(file, kek):
             kek.wipe()
             raise VmLocked(
-                f"VM {row.name} is locked: key provider {row.provider} has another key under the id {row.key_id} than "
-                "the one that encrypts it",
+                f"key provider {row.provider} has another key under the id {row.key_id} than the one that encrypts VM "
+                f"{row.name}",
                 todo=f"put the right key provider in place under the name {row.provider}",
             )
+        if state is KeyState.ACTIVE:
+            self._not_active.pop(row.uuid, None)
+        else:
+            self._not_active[row.uuid] = (row.provider, row.key_id, state)
         return kek, state
+
+    def not_active(self, row: VmRow) -> str:
+        """That the VM's KEK was not active when it was last fetched, and what to do; empty when it was."""
+        provider, key_id, state = self._not_active.get(row.uuid, (None, None, KeyState.ACTIVE))
+        if state is KeyState.ACTIVE or (provider, key_id) != (row.provider, row.key_id):
+            return ""
+        return (
+            f"key {key_id} of key provider {provider} is {state.value}: no other host is given the keys of VM "
+            f"{row.name} under it; `sealift vm rekey {row.name}` gives it a new key"
+        )
+
+    def notes(self, row: VmRow, providers: Collection[str]) -> str:
+        """What people are to know of the keys of an encrypted VM that can be used; ``providers`` are all there are."""
+        found = [self.lost.get(row.uuid, ""), self.not_active(row)]
+        if row.provider not in providers and not found[0]:
+            found.append(
+                f"key provider {row.provider} is not there any more: VM {row.name} locks when the agent of its host is "
+                "restarted; add or import it again under that name"
+            )
+        return "; ".join(filter(None, found))
 
     async def deks(self, row: VmRow) -> tuple[dict[UUID, Secret], KeyState]:
         """The keys of the VM's disks, which the caller wipes, and the state of their KEK. Raises VmLocked."""
@@ -149,79 +202,64 @@ class VmKeys:
             kek.wipe()
 
     def judged(self, row: VmRow, file: bytes) -> Judgement | None:
-        """What is known of a configuration file that a host has without asking for a key; None when nothing is."""
+        """What is known of a configuration file that a host has without asking for a key; None when one would help."""
         last = own_file(row)
-        if file == last or not file:
+        if file == last:
             return bundle.judge(file, last, None)
-        return self._judged.get(_pair(file, last))
+        known = self._judged.get(_pair(file, last))
+        if known is None:
+            found = bundle.judge(file, last, None)
+            known = None if found.unproved else self._keep(file, last, found)
+        return known
+
+    def unproved(self, row: VmRow, file: bytes, why: str) -> Judgement:
+        """What is to be said of such a file while the key that it names is not there; ``why`` it is not."""
+        found = bundle.judge(file, own_file(row), None)
+        return replace(found, unproved=why) if found.unproved else found
 
     async def judge(self, row: VmRow, file: bytes) -> Judgement:
-        """What to think of a configuration file that a host has; the KEK is asked for only if its bytes differ.
+        """What to think of a configuration file that a host has.
 
-        Where the verdict is LOCKED, its one line says which key cannot be had; the next time that one is asked for
-        again.
+        A new key goes with every new file, so an older or newer copy is authentic under another key than the VM's now:
+        the one that it names. That one is asked for only if the file differs in its generation too. While it cannot be
+        had the generation tells what can be told, and the key is asked for again the next time.
         """
         known = self.judged(row, file)
         if known is not None:
             return known
-        last = own_file(row)
+        last, names = own_file(row), bundle.named(file)
+        assert names is not None, "one that cannot be read is judged without a key"
+        its_key = f"key {names.key_id} of key provider {names.provider}, which it names,"
         try:
-            kek, _ = await self.kek(row)
-        except VmLocked:
-            return cannot_tell(row, "cannot be had")
+            kek, _ = await self.keyring.kek(names.provider, names.key_id, vm=row.name)
+        except VmLocked as error:
+            match error.__cause__:
+                case KeyMissing():  # nobody will ever prove it to be newer
+                    found = self.unproved(row, file, f"{its_key} is not there any more")
+                    if found.verdict is Verdict.LOCKED:
+                        found = Judgement(Verdict.TAMPERED, found.lines)
+                    return self._keep(file, last, found)
+                case NotFound():
+                    return self.unproved(row, file, f"it names a key provider {names.provider}, which is not there")
+            return self.unproved(row, file, f"{its_key} cannot be had now")
         try:
-            found = bundle.judge(file, last, kek)
+            return self._keep(file, last, bundle.judge(file, last, kek))
         finally:
             kek.wipe()
-        if found.verdict is Verdict.TAMPERED:
-            found = await self._under_its_own_kek(row, file, last) or found
-        if found.verdict is not Verdict.LOCKED:
-            if len(self._judged) >= _JUDGEMENTS_KEPT:
-                self._judged.clear()
-            self._judged[_pair(file, last)] = found
+
+    def _keep(self, file: bytes, last: bytes, found: Judgement) -> Judgement:
+        """A judgement that no key will change."""
+        if len(self._judged) >= _JUDGEMENTS_KEPT:
+            self._judged.clear()
+        self._judged[_pair(file, last)] = found
         return found
 
-    async def _under_its_own_kek(self, row: VmRow, file: bytes, last: bytes) -> Judgement | None:
-        """What a file is by the KEK that it names itself, which is not the VM's now; None where it names no such key.
-
-        A new key goes with most new files, so that older and newer copies are authentic under other keys than ours.
-        While that key cannot be had nobody can tell; one that its provider says it does not have never will.
-        """
-        try:
-            named, _ = bundle.read(file)
-        except BundleInvalid:
-            return None
-        if named.vm != row.uuid or (named.provider, named.key_id) == (row.provider, row.key_id):
-            return None
-        try:
-            kek, _ = await self.keyring.kek(named.provider, named.key_id, vm=row.name)
-        except VmLocked as error:
-            if isinstance(error.__cause__, KeyMissing):
-                return None
-            why = f"key {named.key_id} of key provider {named.provider}, which it names, cannot be had"
-            return Judgement(Verdict.LOCKED, (why,))
-        try:
-            return bundle.judge(file, last, kek)
-        finally:
-            kek.wipe()
-
     async def require_own_file(self, row: VmRow, host: str, status: VmStatus) -> None:
-        """Raise VmTampered unless the file on the host is the last one we wrote; VmLocked if that cannot be told."""
-        found = await self.judge(row, file_on_host(status))
-        if found.verdict is Verdict.OK:
-            return
-        if found.verdict is Verdict.LOCKED:
-            raise VmLocked(
-                f"VM {row.name} is locked: its configuration file on host {host} is not the last one that was written, "
-                f"and {'; '.join(found.lines)} now",
-                todo="bring that key provider back; `sealift key-provider list` shows how each of them is",
-            )
-        raise describe(row.name, host, found)
-
-
-def cannot_tell(row: VmRow, why: str) -> Judgement:
-    """That a file is not the last one written; the VM's KEK, of which ``why`` is said, would tell more."""
-    return Judgement(Verdict.LOCKED, (f"key {row.key_id} of key provider {row.provider}, which would tell why, {why}",))
+        """Raise VmTampered unless the file on the host is the last one we wrote; VmLocked if it may be a newer one."""
+        file = file_on_host(status)
+        found = await self.judge(row, file)
+        if found.verdict is not Verdict.OK:
+            raise describe(row.name, host, file, found)
 
 
 def _pair(file: bytes, last: bytes) -> tuple[bytes, bytes]:

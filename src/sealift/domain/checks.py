@@ -39,22 +39,26 @@ class Finding:
 class KeyFacts:
     """What was found of an encrypted VM's keys, just now.
 
-    ``trouble`` is why the keys could not be unwrapped, or may not be used any more, naming key provider and key id;
-    empty when they were unwrapped under an active key. ``held``: the target holds the keys of all its disks already.
-    ``file``: what is wrong with the configuration file at the source; empty when it is the last one written.
+    ``trouble`` is why the keys could not be unwrapped, or may not be given to another host, naming key provider and key
+    id, and ``todo`` what to do about it; empty when they were unwrapped under an active key. ``away``: they could not
+    be unwrapped. ``held``: the target holds the keys of all its disks already. ``file`` and ``file_todo``: what is
+    wrong with the configuration file at the source; empty when it is the last one written.
     """
 
-    provider: str
     trouble: str = ""
+    todo: str = ""
+    away: bool = False
     held: bool = False
     file: str = ""
+    file_todo: str = ""
 
 
 @dataclass(frozen=True)
 class Facts:
     """What was seen for one planned move. None means that the host did not answer, which the policy refuses.
 
-    ``shared`` tells for the path of each disk whether the target read back what the source had just written there.
+    ``shared`` tells for the path of each disk whether the target read back what the source had just written there; it
+    is tried only for a VM that runs, and that the target does not have.
     ``keys`` is None for a VM in clear.
     """
 
@@ -210,6 +214,8 @@ def _cpu(facts: Facts, hardware: HardwareRecord, target: HostCapabilities) -> li
 def _disks(facts: Facts) -> list[Finding]:
     if facts.status is None or facts.status.hardware is None or facts.same_host:
         return []
+    if facts.status.state is not VmState.RUNNING or facts.at_target is not None:
+        return []  # not tried, since it is refused for that
     return [
         _error(
             f"the target did not see what the source had just written beside disk {disk.path}",
@@ -225,21 +231,21 @@ def _keys(facts: Facts) -> list[Finding]:
     keys = facts.keys
     if keys is None:
         return found
-    see = f"see `sealift key-provider show {keys.provider}`"
     if keys.file:
-        found.append(_error(keys.file, f"see `sealift vm show {facts.vm_name}`"))
+        found.append(_error(keys.file, keys.file_todo))
     if keys.trouble and keys.held:
+        until = "; until then the VM cannot be started again once its host's agent was restarted" if keys.away else ""
         found.append(
             _warning(
                 f"{keys.trouble}; the target holds the keys of its disks already, so VM {facts.vm_name} can move there",
-                f"{see}; after a restart of its host's agent the VM could not start again",
+                keys.todo + until,
             )
         )
     elif keys.trouble:
         found.append(
             _error(
                 f"{keys.trouble}; the target does not hold the keys of its disks either",
-                f"{see}, or choose a host where VM {facts.vm_name} has been",
+                f"{keys.todo}; or choose a host where VM {facts.vm_name} has been",
             )
         )
     return found

@@ -159,50 +159,57 @@ class Verdict(Enum):
     """What a file on a host is, against the last one that the controller wrote."""
 
     OK = "ok"
-    LOCKED = "locked"  # it is another, and without the key nobody can tell whose
-    TAMPERED = "tampered"
+    LOCKED = "locked"  # it claims to be newer, and the key that would prove it cannot be had
+    TAMPERED = "tampered"  # not the last one written, and nothing newer
     OLDER = "older"  # authentic, and not the last
     NEWER = "newer"  # authentic, and later than what this controller has: its database is from before
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict, and what shows it to a person: the lines that differ, or the two generations."""
+    """The verdict, and what shows it to a person: the lines that differ, or the two generations.
+
+    ``unproved`` is why the key that the file names does not tell more; empty where there is no more to tell.
+    """
 
     verdict: Verdict
     lines: tuple[str, ...]
+    unproved: str = ""
 
 
 def judge(file: bytes, last: bytes, kek: Secret | None) -> Judgement:
-    """What ``file`` is, when the controller wrote ``last`` last (empty: it has none); ``kek`` where it can be had.
+    """What ``file`` is, when the controller wrote ``last`` last (empty: it has none).
 
-    An empty ``file`` stands for a missing one. Never raises: both may be anything.
+    ``kek`` is the key that the file names (``named``), None where it cannot be had: then ``unproved`` is not empty if
+    it would have told more. The generation alone tells that a file is not the last one: only one whose generation is
+    higher may be newer. An empty ``file`` stands for a missing one. Never raises: both may be anything.
     """
     if not file:
         return Judgement(Verdict.TAMPERED, ("the file is missing or empty",))
     if file == last:
         return Judgement(Verdict.OK, ())
-    if kek is None:
-        return Judgement(Verdict.LOCKED, ())
     tampered = Judgement(Verdict.TAMPERED, tuple(differing(last, file)))
+    found, known = named(file), named(last)
+    if found is None or (known is not None and (found.vm != known.vm or found.generation == known.generation)):
+        return tampered
+    newer = known is None or found.generation > known.generation
+    if kek is None:
+        unproved = f"key {found.key_id} of key provider {found.provider}, which it names, cannot be had now"
+        return Judgement(Verdict.LOCKED if newer else Verdict.TAMPERED, tampered.lines, unproved)
     if not authentic(file, kek):
         return tampered
-    found, known = _generation(file), _generation(last)
-    if found is None or found == known or (known is not None and found[0] != known[0]):
-        return tampered
     if known is None:
-        return Judgement(Verdict.NEWER, (f"generation {found[1]}, and the controller has no readable one",))
-    verdict = Verdict.NEWER if found[1] > known[1] else Verdict.OLDER
-    return Judgement(verdict, (f"generation {found[1]}, and the controller wrote {known[1]} last",))
+        return Judgement(Verdict.NEWER, (f"generation {found.generation}, and the controller has no readable one",))
+    verdict = Verdict.NEWER if newer else Verdict.OLDER
+    return Judgement(verdict, (f"generation {found.generation}, and the controller wrote {known.generation} last",))
 
 
-def _generation(file: bytes) -> tuple[UUID, int] | None:
-    """The VM and generation a file names; None when it cannot be read."""
+def named(file: bytes) -> Bundle | None:
+    """What a file says of its keys, whoever wrote it; None when it cannot be read."""
     try:
-        bundle, _ = read(file)
+        return read(file)[0]
     except BundleInvalid:
         return None
-    return bundle.vm, bundle.generation
 
 
 def _split(file: bytes) -> tuple[bytes, bytes] | None:

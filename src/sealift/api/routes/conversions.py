@@ -10,7 +10,7 @@ from sealift.api import render
 from sealift.api.caller import Caller, Controller
 from sealift.api.encryption import Conversion, DecryptRequest, EncryptRequest, Rekeyed, RekeyManyRequest, RekeyRequest
 from sealift.api.problems import problem
-from sealift.api.schemas import Vm
+from sealift.api.schemas import VmRestored
 from sealift.controller.conversions import REFUSED, what
 from sealift.controller.models import ConversionRow
 from sealift.controller.services import Services
@@ -65,9 +65,10 @@ async def rekey(controller: Controller, name: Caller, vm: str, body: RekeyReques
 
 
 @router.post("/vms/{vm}/restore-config")
-async def restore_config(controller: Controller, name: Caller, vm: str) -> Vm:
+async def restore_config(controller: Controller, name: Caller, vm: str) -> VmRestored:
     """Put the last authentic configuration file back on the VM's host, or take over a newer one from there."""
-    return render.vm(await controller.encryption.restore_config(vm, asked_by=name))
+    seen, outcome = await controller.encryption.restore_config(vm, asked_by=name)
+    return render.restored(seen, outcome)
 
 
 @router.post("/rekey")
