@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -14,6 +15,8 @@ from sealift.controller.models import MigrationRow, VmRow
 from sealift.controller.planning import Planned, make_plan
 from sealift.domain.move import Role
 from sealift.domain.policy import MigrateEncryption
+from sealift.errors import VmLocked
+from sealift.keys.provider import KeyState
 from support.encrypted_world import World, with_world
 from support.moves import finished, wish
 
@@ -84,33 +87,67 @@ def test_with_the_provider_away_it_moves_to_where_it_has_been_and_nowhere_else(t
     with_world(tmp_path, story)
 
 
-def test_a_key_that_is_not_active_goes_to_nobody(tmp_path: Path) -> None:
-    """Neither one that could still be read nor one that could not; a host that holds the disks' keys needs none."""
+READABLE = (KeyState.PRE_ACTIVE, KeyState.ACTIVE, KeyState.DEACTIVATED, KeyState.COMPROMISED)
+"""States in which a provider gives a key; what it encrypts may be decrypted (NIST SP 800-57 part 1)."""
+
+
+@pytest.mark.parametrize("state", KeyState)
+def test_a_vms_own_host_gets_its_keys_in_whatever_state_its_key_is_and_no_other_does(
+    tmp_path: Path, state: KeyState
+) -> None:
+    readable, active = state in READABLE, state is KeyState.ACTIVE
+
+    async def rehearsed(world: World) -> MigrationRow:
+        row = await world.services.orchestrator.rehearse(wish(to="b"))
+        for finding in row.findings:
+            assert ("`sealift vm rekey vm1`" in finding["todo"]) is readable, finding
+            assert ("until then the VM cannot be started" in finding["todo"]) is (not readable and bool(held)), finding
+        return row
 
     async def story(world: World) -> None:
         vm = await world.encrypted(running=True)
-        key_id = (await world.row()).key_id
-        hosts = {"a": world.a, "b": world.b}
-        for state, source, target in (("pre-active", "a", "b"), ("destroyed", "b", "a")):
-            book = sqlite3.connect(world.state / "providers" / "home" / "keys.db")
-            with book:
-                book.execute("UPDATE keys SET state = ?", (state,))
-            book.close()
-            held = hosts[target].vault.held.pop(vm, None)
-            begun = len(world.a.orders + world.b.orders)
-            row = await move(world, target)
-            assert row.state == "refused"
-            for word in (key_id or "?", "home", state):
-                assert word in row.error
-            assert len(world.a.orders + world.b.orders) == begun
-            hosts[target].vault.held[vm] = held or dict(hosts[source].vault.held[vm])
-            row = await move(world, target)
-            assert row.state == "done"
-            [finding] = row.findings
-            assert finding["severity"] == "warning"
-            assert state in finding["text"]
-            assert hosts[target].vault.came_with_orders[-1] == {}
+        await world.provide("other")
+        book = sqlite3.connect(world.state / "providers" / "home" / "keys.db")
+        with book:
+            book.execute("UPDATE keys SET state = ?", (state.value,))
+        book.close()
+        # Another host.
+        assert (await rehearsed(world)).state == ("planned" if active else "refused")
+        held.update(world.a.vault.held[vm])
+        world.b.vault.held[vm] = held
+        row = await rehearsed(world)
+        assert (row.state, [finding["severity"] for finding in row.findings]) == (
+            "planned",
+            [] if active else ["warning"],
+        )
+        for finding in row.findings:
+            assert (state.value if readable else "destroyed") in finding["text"]
+        # Its own, while it runs and when it is to start.
+        world.a.vault.restart()
+        for _ in range(2):
+            await world.services.keeper.look()
+        assert (vm in world.a.vault.held) is readable
+        await world.services.inventory.stop_vm("vm1", force=True, asked_by="ann")
+        world.a.vault.restart()
+        await world.services.keeper.look()
+        assert (vm in world.a.vault.held) is readable
+        message = (await world.sight()).message
+        told = [event.text for event in await world.happened("vm.key_not_active")]
+        if not readable:
+            with pytest.raises(VmLocked):
+                await world.services.inventory.start_vm("vm1", asked_by="ann")
+            assert not told
+            return
+        await world.services.inventory.start_vm("vm1", asked_by="ann")
+        assert told == ([] if active else [message])
+        assert active or f"is {state.value}: no other host" in message
+        # And a new key ends it.
+        world.b.vault.held.clear()
+        await world.rekey(provider="other")
+        assert (await world.sight()).message == ""
+        assert (await rehearsed(world)).findings == []
 
+    held: dict[UUID, bytes] = {}
     with_world(tmp_path, story)
 
 
@@ -121,6 +158,7 @@ def test_a_tampered_vm_does_not_move(tmp_path: Path) -> None:
         row = await move(world, "b")
         assert row.state == "refused"
         assert "+ vcpus = 2" in row.error
+        assert "`sealift vm restore-config vm1`" in row.todo
         assert not world.a.orders + world.b.orders
 
     with_world(tmp_path, story)

@@ -130,8 +130,9 @@ class NativeProvider:
 
     async def get(self, key_id: str) -> Secret:
         """See ``KeyProvider``."""
-        if await self.state(key_id) is KeyState.DESTROYED:
-            raise self._missing(key_id, f"is {KeyState.DESTROYED.value}")
+        state = await self.state(key_id)
+        if state in (KeyState.DESTROYED, KeyState.DESTROYED_COMPROMISED):
+            raise self._missing(key_id, f"is {state.value}")
         return hkdf(await self._key(), _KEK_LABEL + key_id.encode())
 
     async def state(self, key_id: str) -> KeyState:
