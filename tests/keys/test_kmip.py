@@ -13,6 +13,7 @@ from contract.check_key_provider import check_key_provider
 from sealift.demo.kmip import KmipServers
 from sealift.errors import (
     KeyMissing,
+    KeyNotActive,
     ProviderRefused,
     ProviderUnreachable,
 )
@@ -72,6 +73,22 @@ def test_members_have_each_others_keys(servers: KmipServers, known: Path) -> Non
             await first.get(key_id)
         await first.close()
         await second.close()
+
+    asyncio.run(main())
+
+
+def test_a_key_that_somebody_revoked_is_given_out_and_said_not_to_be_active(servers: KmipServers, known: Path) -> None:
+    async def main() -> None:
+        provider = patient(known, servers.members[0])
+        key_id = await new_key(provider, "revoked")
+        before = (await provider.get(key_id)).reveal()
+        await provider._on_key("revoke", key_id, lambda link: link.ask(kmip_messages.revoke(key_id)))
+        assert await provider.state(key_id) is KeyState.DEACTIVATED
+        assert (await provider.get(key_id)).reveal() == before
+        with pytest.raises(KeyNotActive, match="deactivated"):
+            await provider.activate(key_id)
+        await provider.destroy(key_id)
+        await provider.close()
 
     asyncio.run(main())
 
