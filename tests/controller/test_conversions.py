@@ -13,7 +13,7 @@ import pytest
 
 from doubles.vault import ConversionScript, failing, forms_of, straight, stuck
 from sealift.controller import conversion_plan
-from sealift.controller.conversion_plan import machine_uuid
+from sealift.controller.conversion_plan import UNREADABLE, machine_uuid
 from sealift.controller.inventory import Inventory
 from sealift.controller.keyring import Keyring
 from sealift.controller.link import AgentLink
@@ -202,6 +202,33 @@ def test_cancelled_by_a_person(tmp_path: Path) -> None:
 def test_an_answer_that_got_lost_and_an_order_that_did(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await world.define()
+def test_a_host_that_does_not_answer_is_told_of_until_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        await world.define()
+        world.a.vault.script = stuck()
+        encryption, asked = world.services.encryption, AgentLink.conversion
+        row = await world.encrypt()
+        await world.until(row, lambda now: encryption.report(row.id) is not None)
+        assert encryption.silence(row.id) == ""
+        looks = 0
+
+        async def unanswered(link: AgentLink, conversion: UUID) -> None:
+            nonlocal looks
+            looks += 1
+            raise HostUnreachable(f"host a did not answer, for the {looks}. time")
+
+        monkeypatch.setattr(AgentLink, "conversion", unanswered)
+        await world.until(row, lambda now: looks > 0)
+        said = encryption.silence(row.id)
+        assert re.match(r"host a does not answer since [-0-9]+ [:0-9]+ UTC; the controller asks again", said)
+        await world.until(row, lambda now: looks > 2)
+        assert encryption.silence(row.id) == said, "the same while it is the same silence"
+        monkeypatch.setattr(AgentLink, "conversion", asked)
+        await world.until(row, lambda now: not encryption.silence(row.id))
+
+    with_world(tmp_path, story)
+
+
         world.a.vault.drop = {"convert"}
         row = await world.finished(await world.encrypt())
         assert (row.state, row.error_slug) == ("failed", "conversion_failed")
@@ -345,15 +372,30 @@ def test_this_machines_own_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(conversion_plan, "MACHINE_UUIDS", places)
     assert machine_uuid() is None
     places[0].write_text("To be filled by O.E.M.\n")
-    assert machine_uuid() is None
+    assert machine_uuid() == UNREADABLE
     places[1].write_text("5A1D0C0E-0000-4000-8000-0123456789AB\n")
+    monkeypatch.setattr(conversion_plan, "CPUINFO", tmp_path / "cpuinfo")
     assert machine_uuid() == UUID("5a1d0c0e-0000-4000-8000-0123456789ab")
+    (tmp_path / "cpuinfo").write_text("model name\t: no hypervisor\nflags\t\t: fpu hypervisor_x aes\n")
+    assert machine_uuid() is None, "it is no VM"
+    (tmp_path / "cpuinfo").write_text("model name\t: a CPU\nflags\t\t: fpu hypervisor aes\n")
+    assert machine_uuid() == UNREADABLE
 
 
 async def create(world: World, text: str) -> str:
     """Create a VM that is to be encrypted; the state of its record."""
     row = await world.services.encryption.create("a", text, None, verify="sample", asked_by="ann")
     return row.state if row.finished_at is not None else (await world.finished(row)).state
+def test_a_plan_says_when_it_cannot_tell_whether_the_vm_runs_the_controller(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.define()
+        row = await world.services.encryption.encrypt("vm1", None, verify="sample", dry_run=True, asked_by="ann")
+        assert row.state == "planned"
+        assert any("could not be checked whether VM vm1 runs this very controller" in f["text"] for f in row.findings)
+
+    with_world(tmp_path, story, machine=UNREADABLE)
+
+
 
 
 def test_created_encrypted_or_not_at_all(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
 from doubles.agent import FakeAgent, two_hosts
@@ -43,7 +44,7 @@ class World:
     a: FakeAgent
     b: FakeAgent
     pace: Pace = FAST
-    machine: UUID | None = None
+    machine: UUID | Literal["unreadable"] | None = None
 
     async def restart(self) -> None:
         """Another life of the controller."""
@@ -150,7 +151,9 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def a_world(tmp_path: Path, *, pace: Pace = FAST, machine: UUID | None = None) -> AsyncIterator[World]:
+async def a_world(
+    tmp_path: Path, *, pace: Pace = FAST, machine: UUID | Literal["unreadable"] | None = None
+) -> AsyncIterator[World]:
     """A controller, hosts a and b, and the provider ``home``."""
     state = make_state(tmp_path)
     services = await open_services(state, pace=pace, machine=lambda: machine)
@@ -171,7 +174,11 @@ async def _hosts(stack: contextlib.AsyncExitStack, services: Services, directory
 
 
 def with_world(
-    tmp_path: Path, story: Callable[[World], Awaitable[None]], *, pace: Pace = FAST, machine: UUID | None = None
+    tmp_path: Path,
+    story: Callable[[World], Awaitable[None]],
+    *,
+    pace: Pace = FAST,
+    machine: UUID | Literal["unreadable"] | None = None,
 ) -> None:
     """Run a story in a world of its own."""
 

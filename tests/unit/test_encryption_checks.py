@@ -34,6 +34,7 @@ def found(facts: ConversionFacts, severity: str) -> list[str]:
     [
         GOOD,
         replace(GOOD, state=VmState.CRASHED),
+        replace(GOOD, guard_blind=True),
         replace(GOOD, kind=DECRYPT, encrypted=True),
         replace(GOOD, kind=REKEY, encrypted=True, runs_controller=True),
         replace(

@@ -6,10 +6,12 @@ The keys of the disks as they are now are unwrapped for it, so a plan that is ac
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, Literal
 from uuid import UUID
 
 from sealift.controller.inventory import Inventory
@@ -28,14 +30,23 @@ from sealift.secret import Secret
 MACHINE_UUIDS = (Path("/sys/class/dmi/id/product_uuid"), Path("/run/sealift-controller/machine-uuid"))
 """Where this machine's SMBIOS UUID is: only root may read the first, so the systemd unit copies it to the second."""
 
-MachineUuid = Callable[[], UUID | None]
+CPUINFO = Path("/proc/cpuinfo")
+
+UNREADABLE: Final = "unreadable"
+"""Of a machine that is virtual, and whose UUID we may not read: it may be any of the VMs."""
+
+MachineUuid = Callable[[], UUID | Literal["unreadable"] | None]
 
 
-def machine_uuid() -> UUID | None:
-    """The SMBIOS UUID of this machine, which QEMU makes the VM's; None when there is none, or not for us to read."""
+def machine_uuid() -> UUID | Literal["unreadable"] | None:
+    """The SMBIOS UUID of this machine, which QEMU makes the VM's; None when there is none and it is no VM."""
     for path in MACHINE_UUIDS:
         with suppress(OSError, ValueError):
             return UUID(path.read_text().strip())
+    with suppress(OSError):
+        # The processor's word; a hypervisor can hide itself, and then nothing can be told.
+        if re.search(r"^flags\s*:.*\bhypervisor\b", CPUINFO.read_text(), re.MULTILINE):
+            return UNREADABLE
     return None
 
 
@@ -77,6 +88,7 @@ class Planner:
         capabilities, status, images = await asyncio.gather(
             link.capabilities(), _status(link, vm), link.look_at_disks(config.disks)
         )
+        machine = self.machine()
         facts = ConversionFacts(
             vm_name=vm.name,
             host_name=host.name,
@@ -86,8 +98,9 @@ class Planner:
             state=VmState.STOPPED if is_new else status.state if status else None,
             images=tuple(images),
             host=capabilities,
-            runs_controller=self.machine() == vm.uuid,
+            runs_controller=machine == vm.uuid,
             is_new=is_new,
+            guard_blind=machine == UNREADABLE,
         )
         plan = ConversionPlan([])
         plan.total_bytes = sum(

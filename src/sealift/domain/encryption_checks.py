@@ -28,7 +28,8 @@ class ConversionFacts:
 
     ``config`` is the VM's configuration as it is, ``images`` what its host says of each of its disks, in their order.
     ``state`` is None when the host does not know the VM. ``runs_controller``: this controller was found to run in it.
-    ``is_new``: the VM was never defined before, so its images may be made.
+    ``is_new``: the VM was never defined before, so its images may be made. ``guard_blind``: the controller runs in some
+    VM, and could not find out in which.
     """
 
     vm_name: str
@@ -41,6 +42,7 @@ class ConversionFacts:
     host: HostCapabilities
     runs_controller: bool
     is_new: bool
+    guard_blind: bool = False
 
 
 def check_conversion(facts: ConversionFacts, others: Sequence[Finding] = ()) -> list[Finding]:
@@ -100,6 +102,12 @@ def _guard(facts: ConversionFacts) -> Iterable[Finding]:
         yield _error(
             f"VM {facts.vm_name} runs this very controller (its uuid is this machine's), which could not unlock itself",
             todo,
+        )
+    elif facts.guard_blind:
+        yield _warning(
+            f"it could not be checked whether VM {facts.vm_name} runs this very controller, which could not unlock "
+            "itself then: the controller's machine is virtual, and its UUID cannot be read",
+            "be sure that it does not; with its systemd unit the controller can read that UUID",
         )
 
 

@@ -13,6 +13,7 @@ import uvicorn
 
 from sealift.api.app import create_app
 from sealift.controller.authority import Authority, check_names, create_authority, write_private
+from sealift.controller.conversion_plan import UNREADABLE, machine_uuid
 from sealift.controller.services import Services, Settings, load_settings, open_services, settings_path
 from sealift.domain.token import fingerprint_text
 from sealift.entry.logs import log_to_stderr
@@ -85,6 +86,8 @@ def run(state: Path) -> None:
 async def _serve(state: Path) -> None:
     services = await open_services(state)
     log = structlog.get_logger("sealift.controller")
+    if machine_uuid() == UNREADABLE:
+        log.warning("this machine is virtual and its UUID cannot be read: no plan can tell which VM it is")
     log.info("the controller listens", listen=services.settings.listen, url=services.settings.url)
     await server(services).serve()
 
