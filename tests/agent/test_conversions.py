@@ -272,7 +272,7 @@ def test_a_cancelled_conversion_leaves_the_old_image_and_nothing_else(world: Wor
                 await images.waiting.wait()
             status = await host.conversions.cancel(order.id)
             assert (status.state, status.error_slug) == (ConversionState.CANCELLED, "conversion_cancelled")
-            assert plain.name in status.error
+            assert (status.error, plain.name in status.todo) == ("it was cancelled; the old images are in place", False)
             assert files_in(store) == ["disk"]
             assert (store / "disk").stat().st_ino == inode
             assert (await host.vms.status(plain.uuid)).held == ()
@@ -449,7 +449,11 @@ def test_an_agent_that_stops_in_the_middle_leaves_the_old_image(world: World, st
         await host.conversions.close()
         await host.crash()
         await host.boot()
-        assert (await ended(host, order)).state is ConversionState.FAILED
+        status = await ended(host, order)
+        assert status.state is ConversionState.FAILED
+        assert status.error.count("agent") == 1
+        assert status.error.endswith("; the old images are in place")
+        assert status.todo == "run `sealift vm encrypt web` again"
         assert files_in(store) == ["disk"]
         assert opened(store / "disk", None) == "content"
 
@@ -645,7 +649,8 @@ def test_a_disk_that_fills_in_the_middle_leaves_the_old_image(world: World, smal
         await host.conversions.take(order, keys(*order.config.deks))
         status = await ended(host, order)
         assert (status.state, status.error_slug) == (ConversionState.FAILED, "datastore_full")
-        assert "web" in status.error
+        assert "no room" in status.error
+        assert status.error.endswith("; the old images are in place")
         other.unlink()
         assert files_in(small_store) == ["disk.qcow2"]
         assert path.read_bytes() == before

@@ -64,6 +64,7 @@ def test_the_figures_say_bytes_rate_and_time_left() -> None:
     assert converting.figures_of(half, GIB / 4) == "5.00 GiB of 10.0 GiB, 256 MiB/s, 20.0 s left"
     assert converting.figures_of(half, 0) == "5.00 GiB of 10.0 GiB"
     assert converting.figures_of(a_conversion(), 0) == ""
+    assert converting.figures_of(a_conversion(total_bytes=GIB), 0) == "", "a header is made, nothing is copied yet"
 
 
 def test_without_a_terminal_each_state_and_each_tenth_gets_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +75,7 @@ def test_without_a_terminal_each_state_and_each_tenth_gets_a_line(capsys: pytest
     lines.show(a_conversion(state="verifying", total_bytes=4 * GIB))
     lines.show(ended("done", done_bytes=4 * GIB, total_bytes=4 * GIB))
     assert capsys.readouterr().out.splitlines() == [
-        "     0.0 s  copying",
+        "     0.0 s  making the new image",
         "     1.0 s  copying  1.00 GiB of 4.00 GiB, 1.00 GiB/s, 3.0 s left",
         "     2.0 s  copying  2.00 GiB of 4.00 GiB, 1.00 GiB/s, 2.0 s left",
         "     3.0 s  verifying",
@@ -113,10 +114,15 @@ def test_what_the_plan_warned_of_is_said_at_the_end(capsys: pytest.CaptureFixtur
 
 def test_each_end_but_done_is_its_own_error() -> None:
     converting.check(ended("done"))
-    with pytest.raises(ConversionCancelled, match=r"VM web on a was not encrypted: .*old images are in place"):
+    with pytest.raises(ConversionCancelled, match=r"VM web on a was not encrypted: .*old images are in place") as again:
         converting.check(ended("cancelled"))
-    with pytest.raises(ConversionCancelled, match=r"VM web on a was not created: .*nothing of it is left"):
+    assert again.value.todo == "run `sealift vm encrypt web` again"
+    with pytest.raises(ConversionCancelled, match=r"VM web on a was not rekeyed: ") as again:
+        converting.check(ended("cancelled", kind="rekey", deep=True))
+    assert again.value.todo == "run `sealift vm rekey web --deep` again"
+    with pytest.raises(ConversionCancelled, match=r"VM web on a was not created: .*nothing of it is left") as again:
         converting.check(ended("cancelled"), creating=True)
+    assert again.value.todo == "run the same `sealift vm create` again"
     with pytest.raises(DatastoreFull, match="VM web on a was not rekeyed: no room") as full:
         converting.check(ended("failed", kind="rekey", error_slug="datastore_full", error="no room", todo="make room"))
     assert full.value.todo == "make room"

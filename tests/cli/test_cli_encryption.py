@@ -5,6 +5,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator
+from uuid import UUID
 
 import pytest
 import structlog
@@ -109,7 +110,7 @@ def test_its_conversion_has_a_record(encrypted: str, sealift: CommandLine) -> No
     assert re.search(r"asked for by +ada\n", shown)
     assert "was in clear" in shown
     assert "sealift: " in sealift.fails(4, "conversion", "show", "zz")
-    assert "is in state done" in sealift.fails(4, "conversion", "cancel", listed["id"])
+    assert "is over: done; there is nothing to cancel" in sealift.fails(4, "conversion", "cancel", listed["id"])
 
 
 def test_after_decryption_the_setting_stays(encrypted: str, sealift: CommandLine) -> None:
@@ -150,7 +151,7 @@ def test_a_dry_run_changes_nothing(vm: str, deployment: Deployment, sealift: Com
 def test_a_failure_says_that_the_vm_is_as_it_was(vm: str, deployment: Deployment, sealift: CommandLine) -> None:
     deployment.a.vault.script = failing()
     said = sealift.fails(7, "vm", "encrypt", vm)
-    assert "VM web on a was not encrypted: a: there is no room" in said
+    assert "VM web on a was not encrypted: there is no room" in said
     assert "\n  -> make room" in said
     assert sealift.json("vm", "show", vm)["encrypted"] is False
 
@@ -270,7 +271,7 @@ def test_a_vm_whose_encryption_fails_is_not_kept(deployment: Deployment, sealift
     deployment.a.vault.script = failing()
     made = sealift("vm", "create", "-", "--host", "a", "--encrypt", stdin=VM)
     assert made.exit_code == 7
-    assert "VM web on a was not created: a: there is no room" in made.stderr
+    assert "VM web on a was not created: there is no room" in made.stderr
     assert sealift.json("vm", "list") == []
     told = sealift("vm", "create", "-", "--host", "a", "--encrypt", "--json", stdin=VM)
     assert told.exit_code == 7
@@ -370,6 +371,7 @@ def test_an_encrypted_vm_is_deleted_only_by_force(encrypted: str, sealift: Comma
         ["rekey", "--from", "safe", "--to", "attic", "--deep"],
         ["rekey", "web", "--verify", "full"],
         ["rekey", "web", "--dry-run"],
+        ["encrypt", "web", "--dry-run", "--detach"],
         ["encrypt", "web", "--provider", "../x"],
         ["encrypt", "web", "--verify", "perhaps"],
         ["encrypt"],
@@ -391,6 +393,30 @@ def test_ctrl_c_cancels_and_says_what_is_left(vm: str, deployment: Deployment, s
     assert "asking the controller to cancel" in shown.text
     assert "VM web on a was not encrypted: it was cancelled; its old images are in place" in shown.text
     assert sealift.json("vm", "show", vm)["encrypted"] is False
+
+
+def test_a_host_that_does_not_answer_is_told_of_once_and_again_when_a_cancel_waits_for_it(
+    vm: str, deployment: Deployment, sealift: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(self: AgentLink, conversion: UUID) -> None:
+        raise HostUnreachable("host a at [::1]:1 did not answer: connection refused")
+
+    deployment.a.vault.script = stuck()
+    with terminal(sealift, "vm", "encrypt", vm) as shown, monkeypatch.context() as patch:
+        shown.until(r"copying[^\n]*300 B of 0\.98 KiB")
+        patch.setattr(AgentLink, "conversion", silent)
+        shown.until(r"host a does not answer since [^;]*; the controller asks again; see that its agent runs")
+        (one, *_) = sealift.json("conversion", "list")
+        short = one["id"][:8]
+        assert f"{short}: host a does not answer since" in sealift.says("conversion", "list")
+        assert re.search(r"in its way +host a does not answer since", sealift.says("conversion", "show", short))
+        shown.press_ctrl_c()
+        shown.until(r"(?s)asking the controller to cancel.*host a does not answer since")
+        shown.press_ctrl_c()
+        assert shown.end() == 130
+    assert shown.text.count("host a does not answer since") == 2
+    told = f"no longer waiting; the controller was asked to cancel, see `sealift conversion watch {short}`"
+    assert told in shown.text
 
 
 def test_an_onlookers_ctrl_c_cancels_nothing(vm: str, deployment: Deployment, sealift: CommandLine) -> None:

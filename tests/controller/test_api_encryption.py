@@ -59,7 +59,8 @@ def test_a_vm_is_encrypted_rekeyed_decrypted_and_followed(tmp_path: Path) -> Non
         dry = Conversion.model_validate_json(
             (await api.call("POST", "vms/vm1/encrypt", {"dry_run": True}, status=200)).content
         )
-        assert (dry.state, dry.kind, dry.finished, dry.host) == ("planned", "encrypt", False, "a")
+        assert (dry.state, dry.kind, dry.finished, dry.host) == ("planned", "encrypt", True, "a")
+        assert (dry.id, dry.deep) == (None, False), "there is nothing to ask after"
         assert [finding.severity for finding in dry.findings] == ["warning"]
         assert (await api.call("GET", "conversions")).json() == []
         a.vault.script = stuck()
@@ -106,7 +107,7 @@ def test_refusals_over_the_wire(tmp_path: Path) -> None:
         await api.call("POST", "vms/vm1/start")
         problem = await api.problem("POST", "vms/vm1/encrypt", {"provider": "nowhere"}, status=409)
         assert problem.slug == "plan_refused"
-        assert {finding.severity for finding in problem.findings} == {"error", "warning"}
+        assert [finding.severity for finding in problem.findings] == ["error", "error"]
         for words in ("vm1 is running", "nowhere"):
             assert words in problem.detail
         dry = await api.call("POST", "vms/vm1/decrypt", {"dry_run": True})

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from sealift.agent.new_images import new_path
 from sealift.agent.vm_files import VmFile, from_order
-from sealift.domain.conversion import ConversionKind, ConversionOrder, DiskFacts
+from sealift.domain.conversion import ConversionKind, ConversionOrder, DiskFacts, again
 from sealift.domain.deks import Deks
 from sealift.domain.encryption_checks import needed_bytes
 from sealift.domain.vm import Disk, VmConfig
@@ -41,7 +41,8 @@ def check_order(order: ConversionOrder, now: VmConfig) -> VmFile | None:
     """
     after = order.config
     bad = InvalidInput(
-        f"the order to convert the disks of VM {now.name} does not fit the VM or itself", todo="ask for it again"
+        f"the order to convert the disks of VM {now.name} does not fit the VM or itself",
+        todo=again(order.kind, now.name, is_new=order.is_new),
     )
     disks = [(disk.path, disk.format) for disk in now.disks]
     if after.uuid != order.vm or now.uuid != order.vm or [(disk.path, disk.format) for disk in after.disks] != disks:
@@ -62,7 +63,7 @@ def check_keys(order: ConversionOrder, now: VmConfig, deks: Deks) -> None:
     if missing := {*now.deks, *order.config.deks} - set(deks):
         raise KeysNotHeld(
             f"the order to convert the disks of VM {now.name} came without {len(missing)} of their keys",
-            todo="ask for it again",
+            todo=again(order.kind, now.name, is_new=order.is_new),
         )
 
 

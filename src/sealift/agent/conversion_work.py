@@ -12,7 +12,7 @@ import structlog
 from sealift.agent.conversion_plan import Step
 from sealift.agent.journal import ConversionRow
 from sealift.agent.new_images import NewImage
-from sealift.domain.conversion import ConversionOrder, ConversionState, ConversionStatus
+from sealift.domain.conversion import ConversionOrder, ConversionState, ConversionStatus, again
 from sealift.errors import IllegalTransition, SealiftError
 from sealift.secret import Secret
 
@@ -42,6 +42,11 @@ class Work:
     def order(self) -> ConversionOrder:
         """What was ordered."""
         return self.row.order
+
+    @property
+    def again(self) -> str:
+        """What to do to have it anew."""
+        return again(self.order.kind, self.order.config.name, is_new=self.order.is_new)
 
     @property
     def state(self) -> ConversionState:

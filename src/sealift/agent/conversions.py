@@ -125,7 +125,7 @@ class Conversions:
                 raise ConversionCancelled("it was cancelled")
             self._note(work, S.SWAPPING, images=images)  # the decision
         except asyncio.CancelledError:
-            error = ConversionFailed("the agent was stopped", todo="ask for it again")
+            error = ConversionFailed("the agent was stopped", todo=work.again)
             if work.cancel_asked:
                 error = ConversionCancelled("it was cancelled")
         except SealiftError as failure:
@@ -187,9 +187,11 @@ class Conversions:
 
     async def _undo(self, work: Work, state: ConversionState, error: SealiftError) -> None:
         """The old images are in place: leave nothing of the new ones, and say how it ended."""
-        what = f"the disks of VM {work.order.config.name} on {self._settings.name} were not converted: {error.what}"
-        error = type(error)(what, todo=error.todo)
-        log.warning("conversion.ended", id=str(work.order.id), state=state.value, slug=error.slug, what=what)
+        if any(place.old is not None for place in work.row.places):
+            error = type(error)(f"{error.what}; the old images are in place", todo=error.todo)
+        order = work.order
+        told = {"id": str(order.id), "vm": order.config.name, "kind": order.kind.value, "state": state.value}
+        log.warning("conversion.ended", **told, slug=error.slug, what=error.what)
         wipe(work.keys)
         if not await self._persist(work, self._try_to_remove):
             return
@@ -229,9 +231,8 @@ class Conversions:
         try:
             found_again = work.making is None
             if not await in_own_thread(new_images.swap, work.row.images, found_again=found_again):
-                gone = ConversionFailed(
-                    "the new images were removed before they were in place", todo="ask for it again"
-                )
+                what = "the new images were removed before they were in place; the old ones are as they were"
+                gone = ConversionFailed(what, todo=work.again)
                 self._note(work, S.FAILED, error=gone)
                 self._vms.unreserve(order.vm)
                 wipe(work.keys)
@@ -313,7 +314,7 @@ class Conversions:
             else:
                 self._vms.converting[row.order.vm] = row.order.id
                 decided = work.state is S.SWAPPING
-                self._begin(work, self._finish(work) if decided else self._undo(work, S.FAILED, _without_keys()))
+                self._begin(work, self._finish(work) if decided else self._undo(work, S.FAILED, _without_keys(work)))
 
     async def _remove_again(self, work: Work) -> None:
         try:
@@ -333,8 +334,8 @@ class Conversions:
             wipe(work.keys)
 
 
-def _without_keys() -> ConversionFailed:
-    return ConversionFailed("the agent was restarted, and with it the keys were gone", todo="ask for it again")
+def _without_keys(work: Work) -> ConversionFailed:
+    return ConversionFailed("the agent was restarted, and with it the keys were gone", todo=work.again)
 
 
 def _left_behind(failure: OSError) -> ConversionFailed:

@@ -91,7 +91,10 @@ class TestStep(Document):
 
 
 class KeyProviderAdded(Document):
-    """The answer to POST key-providers and to an import: the provider, and VMs that refer to its name."""
+    """The answer to POST key-providers and to an import: the provider, and VMs that are locked for want of it.
+
+    Those unlock once their keys are found there.
+    """
 
     provider: KeyProvider
     unlocks: list[str]
@@ -107,12 +110,14 @@ class KeyProviderTested(Document):
 class KeyProviderRemoved(Document):
     """DELETE key-providers/{name}[?force=true]: the VMs that had their keys there, and what is gone with it.
 
-    They lock when the agent of their host is restarted; those that run go on.
+    They lock when the agent of their host is restarted; those that run go on. There is no default provider afterwards
+    when this was it.
     """
 
     name: str
     locks: list[str]
     lost: str = ""
+    was_default: bool = False
 
 
 class ExportRequest(Request):
@@ -198,11 +203,12 @@ class Conversion(Document):
     """An encryption, decryption or rekey. A shallow rekey is ``done`` when it is answered.
 
     Answered with 201 and then carried out by itself; GET conversions/{id} follows it, POST conversions/{id}/cancel
-    cancels it. A dry run is answered with 200, is stored nowhere, and is ``planned`` or ``refused``. ``deep`` tells one
-    rekey from the other; the other kinds always copy.
+    cancels it. A dry run is answered with 200, is ``planned`` or ``refused``, and finished with that: it is stored
+    nowhere, so its ``id`` is null. ``deep`` tells one rekey from the other; it is false for the others, which
+    always copy. ``message``: what is in its way just now, while it is under way.
     """
 
-    id: UUID
+    id: UUID | None
     vm: UUID
     vm_name: str
     host: str
@@ -210,8 +216,8 @@ class Conversion(Document):
     deep: bool
     state: Literal["planned", "refused", "copying", "verifying", "swapping", "done", "failed", "cancelled"]
     finished: bool
-    done_bytes: int = 0
     message: str = ""
+    done_bytes: int = 0
     total_bytes: int = 0
     provider: str = ""
     key_id: str = ""

@@ -98,21 +98,27 @@ def vm_encryption(seen: SeenVm) -> VmEncryption:
     )
 
 
-def conversion(row: ConversionRow, report: ConversionStatus | None) -> Conversion:
-    """A conversion's record; while it is under way, with what its host reported last."""
+def conversion(
+    row: ConversionRow, report: ConversionStatus | None, silence: str = "", *, rehearsed: bool = False
+) -> Conversion:
+    """A conversion's record; while it is under way, with what its host reported last, or that it does not answer.
+
+    ``rehearsed``: it is stored nowhere.
+    """
     live = report if row.finished_at is None else None
     state = row.state
     if live is not None and live.state not in CONVERSION_FINAL:
         state = live.state.value
     return Conversion(
-        id=row.id,
+        id=None if rehearsed else row.id,
         vm=row.vm,
         vm_name=row.vm_name,
         host=row.host_name,
         kind=ConversionKind(row.kind).value,
-        deep=row.deep,
+        deep=row.deep and row.kind == ConversionKind.REKEY.value,
         state=_STATES[state],
-        finished=row.finished_at is not None,
+        finished=row.finished_at is not None or rehearsed,
+        message=silence or (_in_its_way(row, live) if live else ""),
         done_bytes=live.done_bytes if live else row.done_bytes,
         total_bytes=live.total_bytes if live else row.total_bytes,
         provider=row.provider,
@@ -127,6 +133,13 @@ def conversion(row: ConversionRow, report: ConversionStatus | None) -> Conversio
         created_at=moment(row.created_at),
         finished_at=moment(row.finished_at) if row.finished_at is not None else None,
     )
+
+
+def _in_its_way(row: ConversionRow, live: ConversionStatus) -> str:
+    """What a host reports of a conversion that it has not given up."""
+    if not live.error or live.state in CONVERSION_FINAL:
+        return ""
+    return f"host {row.host_name}: {live.error}" + (f" -> {live.todo}" if live.todo else "")
 
 
 def rekeyed(found: RekeyedVm) -> Rekeyed:

@@ -9,7 +9,7 @@ import click
 from sealift.cli import quantities
 from sealift.cli.credentials import connect
 from sealift.cli.following import Interrupts
-from sealift.cli.identifiers import find
+from sealift.cli.identifiers import find, short
 from sealift.cli.output import Output, json_option, pass_output
 
 if TYPE_CHECKING:
@@ -36,13 +36,16 @@ def list_conversions(output: Output) -> None:
     else:
         titles = ("ID", "VM", "HOST", "KIND", "STATE", "DONE", "KEY PROVIDER", "TOOK", "ASKED")
         output.table(titles, (_row(one) for one in found))
+        for one in found:
+            if one.message:
+                output.say(f"{short(one.id)}: {one.message}")
 
 
 def _row(one: Conversion) -> tuple[str, ...]:
-    from sealift.cli.converting import SHORT, kind_of
+    from sealift.cli.converting import kind_of
 
     return (
-        str(one.id)[:SHORT],
+        short(one.id),
         one.vm_name,
         one.host,
         kind_of(one),
@@ -85,6 +88,7 @@ def show(output: Output, identifier: str) -> None:
             ("kind", kind_of(found)),
             ("state", found.state),
             ("done", _done(found)),
+            ("in its way", found.message),
             ("error", f"{found.error} [{found.error_slug}]" if found.error_slug else found.error),
             ("what to do", found.todo),
             ("key provider", found.provider),
@@ -118,13 +122,13 @@ def watch(output: Output, identifier: str) -> None:
 @pass_output
 def cancel(output: Output, identifier: str) -> None:
     """Ask for a conversion to end with the old images in place."""
-    from sealift.cli.converting import SHORT
+    from sealift.cli import converting
 
     with connect() as client:
-        found = client.cancel_conversion(_find(client, identifier).id)
+        found = client.cancel_conversion(converting.id_of(_find(client, identifier)))
     if output.json:
         output.document(found)
-    output.say(f"The controller was asked to cancel; `sealift conversion watch {str(found.id)[:SHORT]}` says the end.")
+    output.say(f"The controller was asked to cancel; `sealift conversion watch {short(found.id)}` says the end.")
 
 
 def _find(client: Client, identifier: str) -> Conversion:

@@ -16,15 +16,16 @@ import click
 
 from sealift.cli import following, quantities
 from sealift.cli.following import Bar, Interrupts, Silence, View
+from sealift.cli.identifiers import short
 from sealift.cli.output import Output, clean
+from sealift.domain.conversion import ConversionKind, again
 from sealift.errors import ConversionCancelled, ConversionFailed, PlanRefused, from_slug
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from sealift.api.encryption import Conversion
     from sealift.client import Client
-
-SHORT = 8
-"""Characters of an id in tables and hints; any that are unambiguous are taken back."""
 
 PACE_OVER_S = 10.0
 """Over how long a time the rate is measured."""
@@ -55,9 +56,21 @@ class Pace:
         return (done_bytes - first_bytes) / (at - first_at) if at > first_at else 0.0
 
 
+def id_of(made: Conversion) -> UUID:
+    """The id of a conversion that is recorded, as all are but a rehearsal."""
+    assert made.id is not None
+    return made.id
+
+
+def phase_of(now: Conversion) -> str:
+    """What is being done, in a word or two."""
+    makes = now.state == "copying" and now.total_bytes and not now.done_bytes
+    return "making the new image" if makes else now.state  # a LUKS header takes QEMU seconds
+
+
 def figures_of(now: Conversion, rate: float) -> str:
     """What stands beside the bar: bytes done and in all, the rate, how long still."""
-    if not now.total_bytes:
+    if not now.total_bytes or phase_of(now) != now.state:
         return ""
     parts = [f"{quantities.size(now.done_bytes)} of {quantities.size(now.total_bytes)}"]
     if rate > 0:
@@ -78,12 +91,13 @@ class ConversionLines:
         """Print a line if there is something new."""
         at = self._clock()
         rate = self._pace.look(now.state, now.done_bytes, at)
+        phase = phase_of(now)
         tenths = now.done_bytes * 10 // now.total_bytes if now.total_bytes and not now.finished else 0
-        if (now.state, tenths) == self._shown:
+        if (phase, tenths) == self._shown:
             return
-        self._shown = (now.state, tenths)
+        self._shown = (phase, tenths)
         figures = f"  {figures_of(now, rate)}" if tenths else ""
-        click.echo(f"{at - self._started:8.1f} s  {now.state}{figures}")
+        click.echo(f"{at - self._started:8.1f} s  {phase}{figures}")
 
     def note(self, text: str) -> None:
         """On a line of its own."""
@@ -105,7 +119,7 @@ class ConversionBar(Bar):
         """Draw it anew."""
         rate = self._pace.look(now.state, now.done_bytes, self._clock())
         total = now.total_bytes or None
-        self.draw(now.state, figures_of(now, rate), now.done_bytes, total, cancelling=self.cancelling)
+        self.draw(phase_of(now), figures_of(now, rate), now.done_bytes, total, cancelling=self.cancelling)
 
 
 def follow(client: Client, made: Conversion, output: Output, interrupts: Interrupts, *, cancel: bool) -> Conversion:
@@ -129,16 +143,16 @@ class _Course:
 
     def __init__(self, client: Client, made: Conversion, view: View[Conversion]) -> None:
         self.opening = f"{MODES[made.kind][0]} VM {made.vm_name} on {made.host}"
-        self.again = f"sealift conversion watch {made.id}"
-        self._client, self._id, self._view = client, made.id, view
-        self._cancelling = False
+        self.again = f"sealift conversion watch {short(made.id)}"
+        self._client, self._id, self._view = client, id_of(made), view
+        self._cancelling, self._told = False, ""
 
     def look(self) -> Conversion:
         return self._client.conversion(self._id)
 
     def cancel(self) -> Conversion:
         now = self._client.cancel_conversion(self._id)
-        self._cancelling = True
+        self._cancelling, self._told = True, ""
         if isinstance(self._view, ConversionBar):
             self._view.cancelling = True
         return now
@@ -146,6 +160,10 @@ class _Course:
     def over(self, now: Conversion) -> bool:
         if self._cancelling and now.state == "done":
             self._view.note("the cancellation came too late")
+        if now.message != self._told:
+            self._told = now.message
+            if now.message:
+                self._view.note(now.message)
         return now.finished
 
 
@@ -153,13 +171,14 @@ def check(end: Conversion, *, creating: bool = False) -> None:
     """Raise the error that ``end`` is, unless it is done. ``creating``: a VM was made for it, which is not kept."""
     if end.state == "done":
         return
-    todo = end.todo or f"see `sealift conversion show {str(end.id)[:SHORT]}`"
+    todo = end.todo or f"see `sealift conversion show {short(end.id)}`"
     lead = f"VM {end.vm_name} on {end.host} was not {'created' if creating else MODES[end.kind][1]}"
     if end.state == "refused":
         raise PlanRefused(f"{lead}: {end.error or 'the plan was refused'}", todo=todo)
     if end.state == "cancelled":
         left = "nothing of it is left" if creating else "its old images are in place, nothing of the new ones is left"
-        raise ConversionCancelled(f"{lead}: it was cancelled; {left}", todo=end.todo or "run the same command again")
+        todo = end.todo or again(ConversionKind(end.kind), end.vm_name, is_new=creating)
+        raise ConversionCancelled(f"{lead}: it was cancelled; {left}", todo=todo)
     if not end.error_slug:
         raise ConversionFailed(f"{lead}: {end.error or 'the host did not say why'}", todo=todo)
     raise from_slug(end.error_slug, f"{lead}: {end.error}", todo)

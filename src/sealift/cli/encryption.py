@@ -9,6 +9,7 @@ import click
 
 from sealift.cli.credentials import connect
 from sealift.cli.following import Interrupts
+from sealift.cli.identifiers import short
 from sealift.cli.output import Output, json_option, pass_output
 from sealift.errors import EncryptionError, HostUnreachable, InvalidInput
 
@@ -32,6 +33,8 @@ DRY_RUN = click.option("--dry-run", is_flag=True, help="Only plan it, and say wh
 def _carry_out(output: Output, begin: Callable[[Client], Conversion], *, dry_run: bool, detach: bool) -> None:
     from sealift.cli import converting
 
+    if dry_run and detach:
+        raise InvalidInput("--dry-run begins nothing, so there is no end to wait for", todo="leave --detach out")
     with connect() as client, Interrupts() as interrupts:
         made = begin(client)
         if dry_run:
@@ -39,8 +42,7 @@ def _carry_out(output: Output, begin: Callable[[Client], Conversion], *, dry_run
         elif detach and not made.finished:
             if output.json:
                 output.document(made)
-            short = str(made.id)[: converting.SHORT]
-            output.say(f"Conversion {made.id} has begun; `sealift conversion watch {short}` follows it.")
+            output.say(f"Conversion {made.id} has begun; `sealift conversion watch {short(made.id)}` follows it.")
         else:
             converting.watch(client, made, output, interrupts, cancel=True)
 

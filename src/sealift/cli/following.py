@@ -94,42 +94,40 @@ def follow(course: Course[_T], now: _T, view: View[_T], interrupts: Interrupts, 
 
     ``cancel``: whether Ctrl-C asks the controller to cancel. Once somebody only stops following, exits with DETACHED.
     """
+    asked = False  # and answered
     try:
-        return _follow(course, now, view, interrupts, cancel)
+        view.note(course.opening)
+        seen, silent = 0, False
+        while True:
+            view.show(now)
+            if course.over(now):
+                return now
+            if interrupts.count > seen:
+                seen = interrupts.count
+                if not cancel:
+                    raise KeyboardInterrupt
+                view.note("asking the controller to cancel; Ctrl-C again stops waiting for the end")
+                try:
+                    now, asked = course.cancel(), True
+                except SealiftError as error:
+                    view.note(f"not cancelled: {error}")
+                continue
+            interrupts.wait(POLL_S)
+            try:
+                now = course.look()
+            except ControllerUnreachable as error:
+                if not silent:
+                    view.note(f"{error.what}; {course.alone} goes on without it, and we wait")
+                silent = True
+            else:
+                silent = False
     except KeyboardInterrupt:
         view.close()
-        click.echo(f"\nsealift: no longer following; it goes on, see `{course.again}`", err=True)
+        left = "waiting; the controller was asked to cancel" if asked else "following; it goes on"
+        click.echo(f"\nsealift: no longer {left}, see `{course.again}`", err=True)
         raise click.exceptions.Exit(DETACHED) from None
     finally:
         view.close()
-
-
-def _follow(course: Course[_T], now: _T, view: View[_T], interrupts: Interrupts, cancel: bool) -> _T:
-    seen, silent = 0, False
-    view.note(course.opening)
-    while True:
-        view.show(now)
-        if course.over(now):
-            return now
-        if interrupts.count > seen:
-            seen = interrupts.count
-            if not cancel:
-                raise KeyboardInterrupt
-            view.note("asking the controller to cancel; Ctrl-C again stops waiting for the end")
-            try:
-                now = course.cancel()
-            except SealiftError as error:
-                view.note(f"not cancelled: {error}")
-            continue
-        interrupts.wait(POLL_S)
-        try:
-            now = course.look()
-        except ControllerUnreachable as error:
-            if not silent:
-                view.note(f"{error.what}; {course.alone} goes on without it, and we wait")
-            silent = True
-        else:
-            silent = False
 
 
 class Silence:

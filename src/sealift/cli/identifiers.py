@@ -8,14 +8,21 @@ from uuid import UUID
 
 from sealift.errors import InvalidInput, NotFound
 
+SHORT = 8
+
 
 class _Record(Protocol):
     @property
-    def id(self) -> UUID:
+    def id(self) -> UUID | None:
         """Its id."""
 
 
 _R = TypeVar("_R", bound=_Record)
+
+
+def short(identifier: UUID | None) -> str:
+    """The beginning of an id, as tables and hints show it; ``find`` takes it back."""
+    return str(identifier or "")[:SHORT]
 
 
 def find(kind: str, identifier: str, one: Callable[[UUID], _R], recent: Callable[[], Sequence[_R]]) -> _R:

@@ -9,7 +9,7 @@ import click
 from sealift.cli import quantities
 from sealift.cli.credentials import connect
 from sealift.cli.following import Interrupts
-from sealift.cli.identifiers import find
+from sealift.cli.identifiers import find, short
 from sealift.cli.output import Output, json_option, pass_output
 from sealift.domain.patience import GIVE_UP_MS, SWITCHOVER_TIMEOUT_MS
 from sealift.errors import InvalidInput, PlanRefused
@@ -17,9 +17,6 @@ from sealift.errors import InvalidInput, PlanRefused
 if TYPE_CHECKING:
     from sealift.api.schemas import Migration, MigrationCreate
     from sealift.client import Client
-
-SHORT = 8
-"""Characters of an id in tables; any that are unambiguous are taken back."""
 
 
 @click.command()
@@ -78,7 +75,7 @@ def migrate(
         elif detach:
             if output.json:
                 output.document(made)
-            output.say(f"Migration {made.id} has begun; `sealift migration watch {str(made.id)[:SHORT]}` follows it.")
+            output.say(f"Migration {made.id} has begun; `sealift migration watch {short(made.id)}` follows it.")
         else:
             watching.watch(client, made, output, interrupts, cancel=True)
 
@@ -135,7 +132,7 @@ def list_migrations(output: Output) -> None:
 
 def _row(one: Migration) -> tuple[str, ...]:
     return (
-        str(one.id)[:SHORT],
+        short(one.id),
         one.vm_name,
         one.source,
         one.target,
@@ -218,7 +215,7 @@ def cancel(output: Output, identifier: str) -> None:
         found = client.cancel(_find(client, identifier).id)
     if output.json:
         output.document(found)
-    output.say(f"The controller was asked to cancel; `sealift migration watch {str(found.id)[:SHORT]}` says the end.")
+    output.say(f"The controller was asked to cancel; `sealift migration watch {short(found.id)}` says the end.")
 
 
 def _find(client: Client, identifier: str) -> Migration:

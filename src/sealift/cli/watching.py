@@ -13,6 +13,7 @@ import click
 
 from sealift.cli import quantities
 from sealift.cli.following import Bar, Interrupts, Silence, View, follow
+from sealift.cli.identifiers import short
 from sealift.cli.output import Output, clean
 from sealift.errors import (
     MigrationCancelled,
@@ -180,7 +181,7 @@ class _Course:
 
     def __init__(self, client: Client, made: Migration, view: View[Migration]) -> None:
         self.opening = f"moving VM {made.vm_name} from {made.source} to {made.target}"
-        self.again = f"sealift migration watch {made.id}"
+        self.again = f"sealift migration watch {short(made.id)}"
         self.moved_bytes = 0
         """QEMU's count."""
         self._client, self._id, self._view = client, made.id, view

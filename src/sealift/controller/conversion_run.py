@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from uuid import UUID
 
 import structlog
@@ -30,6 +31,7 @@ from sealift.domain.conversion import (
     ConversionOrder,
     ConversionState,
     ConversionStatus,
+    again,
 )
 from sealift.domain.deks import Deks, wipe
 from sealift.domain.vm import VmState, VmStatus
@@ -44,6 +46,8 @@ from sealift.errors import (
 )
 
 log = structlog.get_logger("sealift.conversion")
+
+_SILENT = "host {host} does not answer"
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class ConversionRun:
         self.row = row
         self.cancel_requested = row.cancel_requested
         self.report: ConversionStatus | None = None
+        self.silence = ""
+        """That the host does not answer, in words for a person; empty while it does."""
 
     async def carry_out(self, delivery: Delivery | None) -> None:
         """Bring the conversion to its end and tidy up. ``delivery``: its order, if it is to be sent now."""
@@ -97,11 +103,24 @@ class ConversionRun:
                 await self._look(link)
             except SealiftError as error:
                 self._say("a conversion's host did not answer", error)
+                self._hears_nothing(error)
                 self._pause = min(self._pause * 2, self._tools.pace.tidy_s)
             else:
+                self.silence = ""
                 self._pause = self._tools.pace.poll_s
             if self.row.finished_at is None:
                 await asyncio.sleep(self._pause)
+
+    def _hears_nothing(self, error: SealiftError) -> None:
+        host = self.row.host_name
+        if not isinstance(error, Unreachable):
+            self.silence = f"host {host} answers with an error, and the controller asks again: {error.what}"
+        elif not self.silence.startswith(_SILENT.format(host=host)):
+            since = datetime.now(UTC)
+            self.silence = (
+                f"{_SILENT.format(host=host)} since {since:%Y-%m-%d %H:%M:%S} UTC; the controller asks again; "
+                "see that its agent runs"
+            )
 
     async def _deliver(self, link: AgentLink, delivery: Delivery) -> None:
         try:
@@ -156,8 +175,11 @@ class ConversionRun:
         return ConversionFailed(
             f"host {self.row.host_name} has no order to {what(self.row)} VM {self.row.vm_name}: the controller was "
             "restarted, or the order got lost",
-            todo="ask for it again",
+            todo=self._again(),
         )
+
+    def _again(self) -> str:
+        return again(ConversionKind(self.row.kind), self.row.vm_name, is_new=self.row.with_vm)
 
     async def _at_host(self, link: AgentLink) -> VmStatus | None:
         with suppress(NotFound):
@@ -246,11 +268,9 @@ class ConversionRun:
         if found.state is ConversionState.CANCELLED and not self.cancel_requested:
             return self._failure or self._unheard()
         if found.state is ConversionState.CANCELLED:
-            return ConversionCancelled(
-                f"to {what(self.row)} VM {self.row.vm_name} was cancelled; its old images are in place"
-            )
-        said = found.error or "it gave no reason"
-        return from_slug(found.error_slug or ConversionFailed.slug, f"{self.row.host_name}: {said}", found.todo)
+            return ConversionCancelled(found.error or "it was cancelled", todo=self._again())
+        said = found.error or f"host {self.row.host_name} gave no reason"
+        return from_slug(found.error_slug or ConversionFailed.slug, said, found.todo)
 
     def _say(self, event: str, error: SealiftError) -> None:
         if str(error) != self._said:

@@ -212,6 +212,16 @@ def what(row: ConversionRow) -> str:
     return f"{depth}{row.kind}"
 
 
+def being_converted(row: ConversionRow) -> Conflict:
+    """The refusal of what cannot be done to a VM while this conversion is under way."""
+    short = str(row.id)[:8]
+    done = {"encrypt": "encrypted", "decrypt": "decrypted", "rekey": "rekeyed"}[row.kind]
+    todo = f"`sealift conversion watch {short}` waits for it"
+    if row.deep:
+        todo += f", `sealift conversion cancel {short}` asks for it to be cancelled"
+    return Conflict(f"VM {row.vm_name} is being {done} ({short})", todo=todo)
+
+
 def become(vm: VmRow, row: ConversionRow) -> None:
     """Make a VM what its conversion says it is afterwards."""
     vm.config, vm.lock_reason = row.after_config, ""

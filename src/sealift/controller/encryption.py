@@ -169,7 +169,10 @@ class Encryption:
         row = await self._tools.records.get(conversion)
         run = self._runs.get(conversion)
         live = run.report.state if run is not None and run.report is not None else ConversionState(row.state)
-        if row.finished_at is not None or live not in (ConversionState.COPYING, ConversionState.VERIFYING):
+        if row.finished_at is not None:
+            what_for = f"the {row.kind} of VM {row.vm_name} is over: {row.state}; there is nothing to cancel"
+            raise Conflict(what_for, todo=f"see `sealift conversion show {str(conversion)[:8]}`")
+        if live not in (ConversionState.COPYING, ConversionState.VERIFYING):
             raise Conflict(
                 f"the {row.kind} of VM {row.vm_name} is in state {live.value}", todo="only a copy can be cancelled"
             )
@@ -185,6 +188,11 @@ class Encryption:
         """The host's last report of a conversion under way."""
         run = self._runs.get(conversion)
         return run.report if run is not None else None
+
+    def silence(self, conversion: UUID) -> str:
+        """That the host of a conversion under way does not answer, in words; empty while it does."""
+        run = self._runs.get(conversion)
+        return run.silence if run is not None else ""
 
     def resume(self, row: ConversionRow) -> None:
         """Go on with what an earlier life of the controller began."""

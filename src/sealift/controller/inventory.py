@@ -11,6 +11,7 @@ from uuid import UUID
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from sealift.controller.conversions import being_converted
 from sealift.controller.events import EventLog, Happening
 from sealift.controller.link import AgentLink, Links, Peer
 from sealift.controller.models import ConversionRow, HostRow, KeyProviderRow, MigrationRow, VmRow
@@ -141,8 +142,8 @@ class Inventory:
         async with self._events.reading() as session:
             unfinished = select(ConversionRow).where(ConversionRow.finished_at.is_(None))
             conversions = {row.vm: row for row in await session.scalars(unfinished)}
-            # Those that an order changed while their hosts were asked: of them two things of two times are known.
             providers = frozenset(await session.scalars(select(KeyProviderRow.name)))
+            # Those that an order changed while their hosts were asked: of them two things of two times are known.
             again = select(VmRow).where(VmRow.uuid.in_([row.uuid for row in rows]))
             now = {row.uuid: _orders_key(row) for row in await session.scalars(again)}
         changed = {row.uuid for row in rows if now.get(row.uuid) != _orders_key(row)}
@@ -373,9 +374,7 @@ async def _require_idle(session: AsyncSession, row: VmRow) -> None:
         select(ConversionRow).where(ConversionRow.vm == row.uuid, ConversionRow.finished_at.is_(None))
     )
     if converting is not None:
-        raise Conflict(
-            f"a {converting.kind} of VM {row.name} is under way ({converting.id})", todo="wait for it, or cancel it"
-        )
+        raise being_converted(converting)
 
 
 def _orders_key(row: VmRow) -> tuple[object, ...]:

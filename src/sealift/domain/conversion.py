@@ -21,6 +21,13 @@ class ConversionKind(Enum):
     REKEY = "rekey"  # deep: new data-encryption keys, a new LUKS master key, a full copy
 
 
+def again(kind: ConversionKind, vm_name: str, *, is_new: bool = False) -> str:
+    """What to do to have it anew; ``is_new``: the VM was to be created for it, and is not kept."""
+    if is_new:
+        return "run the same `sealift vm create` again"
+    return f"run `sealift vm {kind.value} {vm_name}{' --deep' if kind is ConversionKind.REKEY else ''}` again"
+
+
 @dataclass(frozen=True)
 class ConversionOrder:
     """One conversion. Disk n of ``config`` becomes the image that disk n of the VM is now, under the key it names.

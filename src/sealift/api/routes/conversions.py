@@ -28,13 +28,15 @@ def refusal(row: ConversionRow) -> Response:
 
 
 def _document(controller: Services, row: ConversionRow) -> Conversion:
-    return render.conversion(row, controller.encryption.report(row.id))
+    encryption = controller.encryption
+    return render.conversion(row, encryption.report(row.id), encryption.silence(row.id))
 
 
 def _begun(controller: Services, row: ConversionRow, response: Response, *, dry_run: bool) -> object:
     if dry_run:
         response.status_code = 200
-    elif row.state == REFUSED:
+        return render.conversion(row, None, rehearsed=True)
+    if row.state == REFUSED:
         return refusal(row)
     return _document(controller, row)
 
