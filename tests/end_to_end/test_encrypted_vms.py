@@ -144,18 +144,28 @@ def test_rekeyed_while_it_runs(vm: Guest) -> None:
 def test_its_keys_are_in_no_argument_environment_file_or_log(vm: Guest, datastore: Path) -> None:
     cluster, keys = vm.cluster, keys_of(vm.cluster, vm.name)
     forms = _spellings(keys)
+    pids = {"qemu at the source": vm.qemu(vm.host)}
+    seen = _arguments_and_environment(pids)
+    assert vm.migrate(vm.other())["state"] == "done"
     pids = {"controller": cluster.controller_pid, "qemu": vm.qemu(vm.host)}
     for host in cluster.hosts.values():
         assert host.process is not None
         pids[f"agent {host.name}"] = host.process.pid
-    for role, pid in pids.items():
-        seen = b"".join((Path("/proc") / str(pid) / name).read_bytes() for name in ("cmdline", "environ"))
-        assert not [form for form in forms if form in seen], f"a key is in the arguments or environment of {role}"
+    seen |= _arguments_and_environment(pids)
+    for role, text in seen.items():
+        assert not [form for form in forms if form in text], f"a key is in the arguments or environment of {role}"
     files = [path for place in (cluster.directory, datastore) for path in place.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"agent.db", "agent.log", "controller.log", "vm.toml", "encrypted.qcow2"}
     for path in files:
         content = path.read_bytes()
         assert not [form for form in forms if form in content], f"a key is in {path}"
+
+
+def _arguments_and_environment(pids: dict[str, int]) -> dict[str, bytes]:
+    return {
+        role: b"".join((Path("/proc") / str(pid) / name).read_bytes() for name in ("cmdline", "environ"))
+        for role, pid in pids.items()
+    }
 
 
 def _spellings(keys: Keys) -> list[bytes]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -75,10 +76,14 @@ def boot_sector(marker: bytes) -> bytes:
     return (code.ljust(128, b"\0") + marker).ljust(510, b"\0") + b"\x55\xaa"
 
 
-async def everything_qmp_tells(vm: Vm, socket: Path) -> str:
-    """All that QMP answers about block nodes, objects and the command line."""
+async def everything_qmp_tells(vm: Vm, socket: Path, control: str) -> str:
+    """All that QMP answers about block nodes, objects and the command line.
+
+    Meanwhile QEMU has one secret more, ``control``, given to it in a way in which it can be read back.
+    """
     qmp = await Qmp.connect(socket, process=vm.process, name="reader")
     try:
+        await qmp.execute("object-add", {"qom-type": "secret", "id": "control", "data": control})
         told: list[object] = []
         for command in (
             "query-named-block-nodes",
@@ -100,9 +105,17 @@ async def everything_qmp_tells(vm: Vm, socket: Path) -> str:
                 if not str(one["type"]).startswith("child<"):
                     told.append(await qmp.execute("qom-get", {"path": path, "property": one["name"]}))
         told.append(objects)
+        await qmp.execute("object-del", {"id": "control"})
         return json.dumps(told)
     finally:
         await qmp.close()
+
+
+def spellings(key: bytes) -> list[bytes]:
+    """How a key may be written: raw, hex (which is also the passphrase of LUKS), each of them in base64 as well."""
+    forms = [key, key.hex().encode(), key.hex().upper().encode()]
+    forms += [encode(form).rstrip(b"=") for form in forms for encode in (base64.b64encode, base64.urlsafe_b64encode)]
+    return forms
 
 
 def memfds(pid: int) -> list[Path]:
@@ -131,15 +144,16 @@ def test_a_guest_uses_encrypted_disks_as_any_other(root: Path) -> None:
         await until(lambda: bench.console("a") != b"", "the boot sector on the encrypted disk did not run")
         assert bench.console("a") == b"w"
 
-        told = await everything_qmp_tells(vm, bench.paths("a").rescue)
+        control = secrets.token_bytes(32)
+        told = await everything_qmp_tells(vm, bench.paths("a").rescue, control.hex())
         assert "disk1-image" in told, "the reading reads"
+        assert [form for form in spellings(control) if form in told.encode()], "and finds a secret that can be read"
         assert '"dek0"' in told, "QEMU needs it to open the image anew"
         process = Path(f"/proc/{vm.process.pid}")
         readable = told.encode() + (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
         readable += bench.paths("a").log.read_bytes()
         for dek in deks.values():
-            assert dek.reveal().hex().encode() not in readable
-            assert dek.reveal() not in readable
+            assert not [form for form in spellings(dek.reveal()) if form in readable]
         (memfd,) = memfds(vm.process.pid)
         assert memfd.read_bytes() == b"", "the passphrase was left where others could read it"
         assert not memfds(os.getpid()), "and this process keeps none"
