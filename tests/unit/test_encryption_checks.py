@@ -103,6 +103,9 @@ def test_images_on_one_file_system_share_its_room() -> None:
     # In one directory a figure that moved meanwhile makes no difference.
     together = replace(GOOD, images=(tight, replace(tight, free_bytes=room + 4096)))
     assert len(found(together, "error")) == 1
+    # Nor on one device, whatever the directories.
+    same = (replace(tight, device=7), replace(tight, device=7, free_bytes=room + 4096))
+    assert len(found(replace(apart, images=same), "error")) == 1
 
 
 @pytest.mark.parametrize(

@@ -102,4 +102,5 @@ class DiskFacts:
     links: int = 1  # names of the image's file; with more than one, another keeps what is replaced here
     error: str = ""
     todo: str = ""
+    device: int = 0  # number of the file system, where its room is counted
     bitmaps: tuple[str, ...] = ()  # names of the dirty bitmaps that incremental backups keep in a qcow2 image

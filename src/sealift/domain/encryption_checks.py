@@ -171,23 +171,34 @@ def needed_bytes(kind: ConversionKind, disk: Disk, image: DiskFacts) -> int:
     return image.virtual_bytes + (0 if kind is ConversionKind.DECRYPT else LUKS_ROOM_BYTES)
 
 
+@dataclass
+class _Place:
+    """Where images share the room: known by its device, a directory, or a type and a figure that are the same."""
+
+    directory: str
+    free_bytes: int
+    marks: set[object]
+    wanted: int = 0
+
+
 def _room(facts: ConversionFacts) -> Iterable[Finding]:
-    """Images on one file system share its room. Two directories that cannot be told apart count as one."""
-    needed: dict[tuple[str, int], int] = {}
-    places: dict[tuple[str, int], str] = {}
+    """Images on one file system share its room. Two places that cannot be told apart count as one."""
+    places: list[_Place] = []
     for disk, image in zip(facts.config.disks, facts.images, strict=True):
         if image.error or image.block_device:
             continue
         directory = str(PurePosixPath(disk.path).parent)
-        known = (place for place, first in places.items() if first == directory)
-        place = next(known, (image.filesystem, image.free_bytes))
-        places.setdefault(place, directory)
-        needed[place] = needed.get(place, 0) + needed_bytes(facts.kind, disk, image)
-    for (filesystem, free), wanted in needed.items():
-        if wanted > free:
+        marks: set[object] = {directory, (image.filesystem, image.free_bytes), image.device or directory}
+        place = next((place for place in places if place.marks & marks), None)
+        if place is None:
+            places.append(place := _Place(directory, image.free_bytes, set()))
+        place.marks |= marks
+        place.wanted += needed_bytes(facts.kind, disk, image)
+    for place in places:
+        if place.wanted > place.free_bytes:
             yield _error(
-                f"{places[filesystem, free]} on host {facts.host_name} has {_mib(free)} free; "
-                f"the new images may need {_mib(wanted)} beside the old ones",
+                f"{place.directory} on host {facts.host_name} has {_mib(place.free_bytes)} free; "
+                f"the new images may need {_mib(place.wanted)} beside the old ones",
                 "make room there; the old images go only when the new ones were verified",
             )
 

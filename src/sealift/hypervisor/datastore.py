@@ -33,7 +33,8 @@ class Mount:
 
 @dataclass(frozen=True)
 class Datastore:
-    """``filesystem`` is its type, empty for a block device. ``shrinks``: it compresses or deduplicates.
+    """``filesystem`` is its type, empty for a block device, ``device`` its number. ``shrinks``: it can compress or
+    deduplicate.
 
     Encrypted data does neither, so an image that becomes encrypted may need much more room there.
     """
@@ -42,6 +43,7 @@ class Datastore:
     shrinks: bool
     free_bytes: int
     block_device: bool = False
+    device: int = 0
 
 
 def _plain(word: str) -> str:
@@ -109,4 +111,4 @@ def datastore_of(path: str, *, sysfs: Path = Path("/sys")) -> Datastore:
         os.close(fd)
     filesystem = mount.filesystem if mount else ""
     shrinks = mount is not None and may_shrink(mount, sysfs)
-    return Datastore(filesystem, shrinks, room.f_bavail * room.f_frsize)
+    return Datastore(filesystem, shrinks, room.f_bavail * room.f_frsize, device=status.st_dev)

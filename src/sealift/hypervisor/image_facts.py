@@ -67,6 +67,7 @@ def _look(path: str, format: Literal["qcow2", "raw"]) -> DiskFacts:
         filesystem=store.filesystem,
         shrinks=store.shrinks,
         block_device=store.block_device,
+        device=store.device,
     )
     try:
         found = os.stat(path)
