@@ -81,7 +81,7 @@ def client(made: Initialised, state: Path) -> httpx2.Client:
     """A client with the admin's token."""
     trust = ssl.create_default_context(cafile=state / "controllers-authority.pem")
     headers = {"authorization": f"Bearer {made.admin_token}"}
-    return httpx2.Client(base_url=made.address, verify=trust, headers=headers, trust_env=False)
+    return httpx2.Client(base_url=made.address, verify=trust, headers=headers, trust_env=False, timeout=60)
 
 
 def wait_for(ask: httpx2.Client, process: subprocess.Popen[bytes]) -> None:

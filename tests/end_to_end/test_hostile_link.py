@@ -58,15 +58,15 @@ def interruptions(host: Host) -> set[str]:
     return {slug for line in lines for slug in SLUGS if slug in line}
 
 
-def test_who_is_first_at_the_socket_of_the_receiving_qemu_costs_the_move_and_nothing_else(guest: Guest) -> None:
-    """Not promised against, since it takes the agent's own user; but not even that makes a second copy."""
-    source, target = guest.host, guest.other()
+@contextlib.contextmanager
+def first_at_incoming(host: Host) -> Iterator[threading.Event]:
+    """Within the block somebody dials the socket of a QEMU that a VM comes to; the event says that they could."""
     found, over = threading.Event(), threading.Event()
     taken: list[socket.socket] = []
 
     def intrude() -> None:
         while not over.wait(0.002):
-            for path in target.run.glob("moves/*/incoming.sock"):
+            for path in host.run.glob("moves/*/incoming.sock"):
                 sock = socket.socket(socket.AF_UNIX)
                 taken.append(sock)
                 with contextlib.suppress(OSError):
@@ -78,14 +78,26 @@ def test_who_is_first_at_the_socket_of_the_receiving_qemu_costs_the_move_and_not
     thread = threading.Thread(target=intrude, daemon=True)
     thread.start()
     try:
-        with pytest.raises(SealiftError):
-            guest.migrate(target)
-        assert found.is_set()
+        yield found
     finally:
         over.set()
         thread.join(20)
         for sock in taken:
             sock.close()
+
+
+def test_who_is_first_at_the_socket_of_the_receiving_qemu_costs_the_move_and_nothing_else(guest: Guest) -> None:
+    """Not promised against, since it takes the agent's own user; but not even that makes a second copy."""
+    for _ in range(5):  # the socket is there for less than half a second: they may come too late
+        source, target = guest.host, guest.other()
+        with first_at_incoming(target) as found:
+            try:
+                guest.migrate(target)
+            except SealiftError:
+                break
+    else:
+        pytest.fail("they came too late each time")
+    assert found.is_set()
     assert guest.nothing_left(target)
     assert not left_behind(source)
     assert guest.copies() == [source.name]

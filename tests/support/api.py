@@ -44,5 +44,6 @@ async def an_admin_of(services: Services) -> AsyncIterator[httpx2.AsyncClient]:
     headers = {"authorization": f"Bearer {token.text()}"}
     async with serving(create_app(services), context) as port:
         url = f"https://127.0.0.1:{port}"
-        async with httpx2.AsyncClient(base_url=url, verify=trust, headers=headers, trust_env=False) as client:
+        client = httpx2.AsyncClient(base_url=url, verify=trust, headers=headers, trust_env=False, timeout=60)
+        async with client:
             yield client

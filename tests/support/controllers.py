@@ -13,7 +13,7 @@ from sealift.controller.run import Draw
 from sealift.controller.services import Services, Settings, open_services, settings_path
 from sealift.controller.watch import Pace
 
-FAST = Pace(poll_s=0.01, ready_s=2.0, grace_s=0.05, patience_s=0.3, again_s=0.05, tidy_s=0.1, keep_s=60.0)
+FAST = Pace(poll_s=0.01, ready_s=30.0, grace_s=0.05, patience_s=0.3, again_s=0.05, tidy_s=0.1, keep_s=60.0)
 
 
 def make_state(directory: Path) -> Path:
