@@ -264,7 +264,7 @@ class AgentLink:
                     todo=f"see what runs there; is it host {self.peer.name}?",
                 )
             if isinstance(cause, ssl.SSLError):
-                why = f"TLS failed ({cause.reason or 'it was cut off'})"
+                why = f"TLS failed ({cause.reason})" if cause.reason else why
             elif isinstance(cause, OSError) and cause.strerror:
                 why = os.strerror(cause.errno).lower() if cause.errno and cause.errno > 0 else cause.strerror
             cause = cause.__cause__ or cause.__context__

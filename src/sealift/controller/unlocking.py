@@ -13,7 +13,7 @@ from sealift.controller.new_vm import CONFIG
 from sealift.controller.vm_keys import VmKeys, describe, file_hash, file_on_host, holds_all, locked, own_file
 from sealift.domain.deks import wipe
 from sealift.domain.policy import MigrateEncryption
-from sealift.errors import BundleInvalid, Conflict, NotFound, VmLocked
+from sealift.errors import BundleInvalid, Conflict, NotFound, SealiftError, VmLocked
 from sealift.keys import bundle
 from sealift.keys.bundle import Judgement, Verdict
 
@@ -103,10 +103,11 @@ async def _adopt(keys: VmKeys, events: EventLog, row: VmRow, file: bytes, host: 
     try:
         kek, _ = await keys.keyring.kek(found.provider, found.key_id, vm=row.name)
     except VmLocked as error:
+        why = error.__cause__.what if isinstance(error.__cause__, SealiftError) else error.what
         raise VmLocked(
             f"the configuration file of VM {row.name} on host {host.name} claims to be newer (generation "
             f"{found.generation}, ours is {row.generation}) and under key {found.key_id} of key provider "
-            f"{found.provider}, which cannot be had: {error.what}",
+            f"{found.provider}, which cannot be had: {why}",
             todo="bring that key back; if the file is a forgery, move it away on the host, then restore again",
         ) from None
     try:
