@@ -67,14 +67,18 @@ def test_a_file_that_is_full_leaves_nothing(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"\xff", "not an exported"), (b"x" * 65537, "larger than")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\xff", "not an exported"), (b"root:x:0:0", "not an exported"), (b"x" * 65537, "larger than")],
+)
 def test_what_cannot_be_an_export_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "export"
     path.write_bytes(content)
     with pytest.raises(InvalidInput, match=said):
         export_file.read_back(path)
-    with pytest.raises(InvalidInput, match="cannot be read"):
+    with pytest.raises(InvalidInput, match="cannot be read: No such file") as refused:
         export_file.read_back(tmp_path / "none")
+    assert refused.value.todo
 
 
 def test_a_passphrase_is_the_first_line_of_a_file(tmp_path: Path) -> None:
@@ -89,6 +93,11 @@ def test_what_is_no_passphrase_is_refused_without_being_quoted(tmp_path: Path, c
         passphrases.read(f"@{tmp_path / 'words'}", again=False)
     assert "later" not in str(refused.value)
     assert "xx" not in str(refused.value)
+
+
+def test_a_file_of_a_passphrase_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=f"{tmp_path}/none cannot be read: No such file"):
+        passphrases.read(f"@{tmp_path / 'none'}", again=False)
 
 
 def test_a_passphrase_on_the_command_line_is_refused(sealift: CommandLine, tmp_path: Path) -> None:

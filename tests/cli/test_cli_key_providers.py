@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from sealift.cli.main import cli, run
 from sealift.demo.ports import free_port
 from support.command_line import CommandLine
 from support.deployment import Deployment, a_deployment
@@ -143,6 +144,66 @@ def test_an_own_passphrase_is_not_shown(deployment: Deployment, sealift: Command
     assert PASSPHRASE not in done.output
 
 
+def into_nothing(sealift: CommandLine, *words: str, full: bool) -> "subprocess.CompletedProcess[str]":
+    """A command whose output nobody takes: on a disk that is full, or as after `| head -0`."""
+    if full:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", "from sealift.cli.main import cli, run; run(cli)", *words],
+            env={**os.environ, "XDG_CONFIG_HOME": str(sealift.home)},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("words", [["key-provider", "list"], ["key-provider", "show", "safe"], ["--help"]])
+def test_a_full_disk_is_said_in_one_line_and_a_closed_pipe_in_none(
+    deployment: Deployment, sealift: CommandLine, words: list[str]
+) -> None:
+    sealift.says("key-provider", "add", "safe", "--kind", "native")
+    done = into_nothing(sealift, *words, full=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "the output cannot be written: No space left on device" in done.stderr
+    done = into_nothing(sealift, *words, full=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_whoever_interrupts_a_change_is_told_that_it_may_be_made(
+    deployment: Deployment, sealift: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    sealift.says("key-provider", "add", "safe", "--kind", "native")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(sealift.home))
+    monkeypatch.setattr("httpx2.Client.request", interrupted)
+    for words, told in ((["key-provider", "default", "safe"], True), (["key-provider", "list"], False)):
+        with pytest.raises(SystemExit) as ended:
+            run(cli, words)
+        assert ended.value.code == 130
+        said = capsys.readouterr().err
+        assert "sealift: interrupted" in said
+        assert ("the controller may still carry out what it was asked for" in said) is told
+
+
+def test_a_command_line_that_is_wrong_is_told_of_in_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(cli, ["key-provider", "show", "--json"])
+    assert ended.value.code == 2
+    told = json.loads(capsys.readouterr().err)
+    assert (told["slug"], told["exit_code"]) == ("invalid_input", 2)
+    assert "NAME" in told["what"]
+    assert "sealift key-provider show --help" in told["todo"]
+
+
 def test_no_export_counts_whose_words_nobody_could_see(
     deployment: Deployment, sealift: CommandLine, tmp_path: Path
 ) -> None:
@@ -150,22 +211,13 @@ def test_no_export_counts_whose_words_nobody_could_see(
     for json_too in ([], ["--json"]):
         path = tmp_path / f"safe{len(json_too)}.age"
         words = ["key-provider", "export", "safe", "--output", str(path), *json_too]
-        reader, writer = os.pipe()
-        os.close(reader)  # as after `| head -0`
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", "from sealift.cli.main import cli, run; run(cli)", *words],
-                env={**os.environ, "XDG_CONFIG_HOME": str(sealift.home)},
-                stdout=writer,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-        finally:
-            os.close(writer)
-        assert done.returncode == 1, done.stderr
-        assert path.exists()
-        assert sealift.json("key-provider", "show", "safe")["state"] == "not_exported"
+        for full in (False, True):
+            done = into_nothing(sealift, *words, full=full)
+            assert done.returncode == 1, done.stderr
+            assert f"what opens {path} could not be shown, so it is no export, and was removed" in done.stderr
+            assert "Traceback" not in done.stderr
+            assert not path.exists()
+            assert sealift.json("key-provider", "show", "safe")["state"] == "not_exported"
     path = tmp_path / "safe.age"
     told = sealift.json("key-provider", "export", "safe", "--output", str(path))
     assert (told["file"], len(re.split("[ -]", told["passphrase"]))) == (str(path), 8)
@@ -199,6 +251,10 @@ def test_what_cannot_be_written_is_no_export(deployment: Deployment, sealift: Co
     (tmp_path / "other").write_text("something else")
     other = sealift("key-provider", "import", str(tmp_path / "other"), "--passphrase", "-", stdin=PASSPHRASE)
     assert other.exit_code == 2
+    assert "is not an exported key provider" in other.stderr
+    for words in (["export", "safe", "--output", "-"], ["import", "-"]):
+        assert "standard" in sealift.fails(2, "key-provider", *words)
+    assert not Path("-").exists()
     assert sealift.json("key-provider", "show", "safe")["state"] == "not_exported"
 
 
@@ -219,6 +275,8 @@ def test_servers_that_do_not_answer_fail_the_test(
     assert said.exit_code == 11
     assert "FAILED" in said.stdout
     assert "does not do all that is asked of it" in said.stderr
+    assert (said.stdout + said.stderr).count("Connection refused") == 1
+    assert "key provider vault cannot make a key" not in said.stdout
     _, row = sealift.says("key-provider", "list").splitlines()
     assert row.split()[:5] == ["vault", "kmip", "UNREACHABLE", "yes", "0"]
     assert "NOT OK" in sealift.says("key-provider", "show", "vault")
@@ -246,6 +304,11 @@ def test_a_request_is_printed_and_what_was_signed_for_it_is_handed_in(
     signed.write_text(authority.pair()[0])
     assert "another key" in sealift.fails(2, "key-provider", "certificate", "vault", str(signed))
     signed.write_text(authority.sign(added["provider"]["certificate_request"]))
+    row = sealift.says("key-provider", "list").splitlines()[1]
+    assert row.split()[:8] == ["vault", "kmip", "NO", "CERTIFICATE", "yes", "0", "of", "1"]
+    said = sealift.says("key-provider", "default", "vault")
+    assert "No VM can be given a key of it as it is" in said
+    assert "sealift key-provider certificate vault FILE" in said
     assert "has its certificate" in sealift.says("key-provider", "certificate", "vault", str(signed))
     assert sealift.json("key-provider", "show", "vault")["state"] == "unreachable"
 
@@ -263,8 +326,10 @@ def test_own_certificate_and_key_are_taken_and_the_key_is_never_shown(
     (tmp_path / "c.pem").write_text(certificate)
     (tmp_path / "k.pem").write_text(key)
     files = ["--client-certificate", str(tmp_path / "c.pem"), "--client-key", str(tmp_path / "k.pem")]
-    added = sealift("key-provider", "add", "vault", *kmip, "--client", "uploaded", *files, "--json")
+    added = sealift("key-provider", "add", "vault", *kmip, "--client", "uploaded", *files)
     assert added.exit_code == 0, added.output
+    assert "Install this certificate" not in added.output
+    assert "BEGIN CERTIFICATE" not in added.output
     shown = sealift.json("key-provider", "show", "vault")
     assert shown["client_certificate"].strip() == certificate.strip()
     assert "PRIVATE" not in added.output + json.dumps(shown) + sealift.says("events", "--json")
@@ -277,6 +342,7 @@ def test_own_certificate_and_key_are_taken_and_the_key_is_never_shown(
         ["--kind", "native", "--client", "csr"],
         ["--kind", "kmip"],
         ["--kind", "kmip", "--server", "a:5696"],
+        ["--kind", "kmip", "--server", "kms1", "--authority", os.devnull],
         ["--kind", "kmip", *["--server", "a:5696"] * 17],
         ["--kind", "tpm"],
         [],
@@ -307,7 +373,9 @@ def test_names_with_odd_characters_are_refused(deployment: Deployment, sealift: 
     for name in ("../x", "a b", "a/export", "", "ü", "-x"):
         with contextlib.suppress(SystemExit):
             assert sealift("key-provider", "add", "--kind", "native", "--", name).exit_code == 2
-            assert sealift("key-provider", "show", "--", name).exit_code == 2
+            shown = sealift("key-provider", "show", "--", name)
+            assert shown.exit_code == 2
+            assert f"the key provider name {name!r} is not valid" in shown.stderr
     assert sealift.json("key-provider", "list") == []
 
 
@@ -323,5 +391,7 @@ def test_the_default_is_changed(deployment: Deployment, sealift: CommandLine) ->
 
 def test_what_is_gone_with_a_removed_provider_is_said(deployment: Deployment, sealift: CommandLine) -> None:
     sealift.says("key-provider", "add", "safe", "--kind", "native")
-    assert "never exported" in sealift.says("key-provider", "remove", "safe")
+    said = sealift.says("key-provider", "remove", "safe")
+    assert "never exported" in said
+    assert "There is no default key provider now" in said
     sealift.fails(4, "key-provider", "remove", "safe")

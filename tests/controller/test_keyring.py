@@ -15,6 +15,7 @@ import pytest
 from sealift.controller.keyring import AT_ONCE
 from sealift.controller.models import VmRow
 from sealift.controller.provider_ask import ProviderAsk
+from sealift.demo.ports import free_port
 from sealift.errors import Conflict, KeyMissing, NotFound, ProviderNotExported, ProviderUnreachable, VmLocked
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.native import NativeProvider
@@ -22,7 +23,6 @@ from sealift.keys.provider import KEK_BYTES, KeyState
 from sealift.secret import Secret
 from support.kmip_place import failing_on, make_place, members
 from support.kmip_server import Die, Store
-from support.ports import free_port
 from support.registries import Registry, a_registry, with_registry
 
 
@@ -135,7 +135,7 @@ def test_a_locked_vm_names_provider_key_and_cause(tmp_path: Path) -> None:
                 assert words in locked.value.what
             assert locked.value.todo
         provider.dies_at = ("get",)
-        with pytest.raises(VmLocked, match=f"key {key_id} of key provider home .* does not answer"):
+        with pytest.raises(VmLocked, match=f"key {key_id} of key provider home, .* does not answer"):
             await registry.keyring.kek("home", key_id, vm="vm1")
 
     with_failing(tmp_path, story)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sealift.controller.provider_ask import ProviderAsk, check_ask, check_member
+from sealift.controller.provider_ask import ProviderAsk, check_ask
 from sealift.demo.kmip import ServerAuthority
+from sealift.domain.key_server import check_member
 from sealift.errors import InvalidInput
 from sealift.keys.kmip_link import parse_address
 from sealift.secret import Secret
@@ -87,6 +88,10 @@ ODD_ADDRESSES += [f"kms.{'a' * 64}.net:1", ".".join(["a" * 63] * 4) + ":1"]
 def test_no_address_of_a_key_server(text: str) -> None:
     with pytest.raises(InvalidInput, match="address of a key server is not valid"):
         check_member(text)
+    with pytest.raises(InvalidInput) as quoted:
+        check_member(text, quote=True)
+    assert repr(text[:60]) in quoted.value.what
+    assert len(quoted.value.what) < 400  # also of what is long and odd
 
 
 @given(

@@ -113,12 +113,14 @@ def test_a_native_provider_from_its_making_to_its_import_elsewhere(tmp_path: Pat
     async def elsewhere(registry: Registry, file: str, words: Secret, key_id: str, kek: bytes) -> None:
         await registry.add_vm("vm1", "home", key_id)
         await registry.add_vm("vm2", "away", key_id)
+        await registry.add_vm("vm3", "home", key_id)
+        await registry.lock("vm1", "vm2")
         with pytest.raises(VmLocked, match="no key provider of that name"):
             await registry.keyring.kek("home", key_id, vm="vm1")
         changed = registry.providers.changed
         added = await registry.providers.import_(file, words, default=False, asked_by="bob")
-        assert added.unlocks == ("vm1",)
-        assert (added.provider.row.name, added.provider.state, added.provider.vms) == ("home", "ok", ("vm1",))
+        assert added.unlocks == ("vm1",), "vm2 is locked, and refers to another one"
+        assert (added.provider.row.name, added.provider.state, added.provider.vms) == ("home", "ok", ("vm1", "vm3"))
         assert changed.is_set()
         again, _ = await registry.keyring.kek("home", key_id, vm="vm1")
         assert again.reveal() == kek
@@ -157,8 +159,9 @@ def test_only_an_export_of_this_very_provider_counts_for_it(tmp_path: Path) -> N
             assert isinstance(native, NativeProvider)
             files.append(cheap_export("home", await native.derivation_key(), words))
             files.append(cheap_export("other", await native.derivation_key(), words))
-            with pytest.raises(AlreadyExists, match="home"):
+            with pytest.raises(AlreadyExists, match="home is here already") as already:
                 await providers.import_(files[0], words, default=False, asked_by="ann")
+            assert "nothing to import" in already.value.todo
             await providers.remove("home", force=False, asked_by="ann")
         await registry.add("home")
         native = await providers.open("home")
@@ -337,7 +340,7 @@ def test_a_provider_that_goes_and_comes_back_is_told_of_once_each_and_wakes_who_
         for _ in range(2):
             with pytest.raises(VmLocked, match=f"VM vm1 .* key {key_id} of key provider home") as locked:
                 await registry.keyring.kek("home", key_id, vm="vm1")
-            assert "unlocks by itself" in locked.value.todo
+            assert "import it again" in locked.value.todo
             assert (await registry.providers.show("home")).state == "unreachable"
         assert changed.is_set()
         changed = registry.providers.changed
@@ -433,20 +436,21 @@ def test_a_server_that_says_who_it_is_and_gives_no_key_does_not_come_and_go(tmp_
 
 def test_one_in_use_is_removed_by_force_only_and_says_who_locks(tmp_path: Path) -> None:
     async def story(registry: Registry) -> None:
-        await registry.add_usable("home")
+        await registry.add("home")
         for name in ("vm2", "vm1"):
             await registry.add_vm(name, "home")
         await registry.add_vm("vm3", "other")
         with pytest.raises(Conflict, match="vm1, vm2") as refused:
             await registry.providers.remove("home", force=False, asked_by="ann")
-        assert "rekey --from home" in refused.value.todo
-        assert "only in its export" in refused.value.todo
+        assert "was not removed" in refused.value.what
+        assert "rekey --from home --to NAME" in refused.value.todo
+        assert "would be gone" in refused.value.todo
         assert registry.files() == {"home"}
         await registry.providers.open("home")
         changed = registry.providers.changed
         removed = await registry.providers.remove("home", force=True, asked_by="ann")
-        assert (removed.name, removed.locks) == ("home", ("vm1", "vm2"))
-        assert "only in its export" in removed.lost
+        assert (removed.name, removed.locks, removed.was_default) == ("home", ("vm1", "vm2"), True)
+        assert "never exported" in removed.lost
         assert changed.is_set()
         assert registry.files() == set()
         for gone in (registry.providers.open("home"), registry.providers.show("home")):
@@ -458,8 +462,11 @@ def test_one_in_use_is_removed_by_force_only_and_says_who_locks(tmp_path: Path) 
         [event] = await registry.happened("key_provider.removed")
         assert "these VMs lock when the agent of their host is restarted" in event.text
         assert "vm1, vm2" in event.text
+        assert "there is no default key provider now" in event.text
+        await registry.lock("vm2")
         added = await registry.providers.add(ProviderAsk("home", "native"), asked_by="ann")
-        assert added.unlocks == ("vm1", "vm2")
+        assert added.unlocks == ("vm2",)
+        assert added.provider.vms == ("vm1", "vm2")
         assert "vm1, vm2" in (await registry.happened("key_provider.added"))[-1].text
 
     with_registry(tmp_path, story)
@@ -506,7 +513,8 @@ def test_a_kmip_provider_waits_for_the_certificate_that_it_asked_for(tmp_path: P
         ask = ProviderAsk("kms", "kmip", members, CA.pem, client="csr")
         added = await providers.add(ask, asked_by="ann")
         seen = added.provider
-        assert (seen.state, seen.client_certificate, seen.members) == ("no_certificate", "", ())
+        assert (seen.state, seen.client_certificate) == ("no_certificate", "")
+        assert [(each.address, each.ok) for each in seen.members] == [(each, False) for each in members]
         subject = x509.load_pem_x509_csr(seen.certificate_request.encode()).subject
         assert subject.rfc4514_string() == "CN=sealift kms"
         for early in (
@@ -516,7 +524,7 @@ def test_a_kmip_provider_waits_for_the_certificate_that_it_asked_for(tmp_path: P
         ):
             with pytest.raises(Conflict, match="no client certificate yet") as refused:
                 await early
-            assert "key-provider certificate kms" in refused.value.todo
+            assert "key-provider certificate kms FILE" in refused.value.todo
         with pytest.raises(VmLocked, match="no client certificate yet"):
             await registry.keyring.kek("kms", "k", vm="vm1")
         for bad in (CA.pem, "no certificate", ""):

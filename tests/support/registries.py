@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
+from sqlalchemy import select
+
 from sealift.controller.conversions import Conversions
 from sealift.controller.events import EventLog
 from sealift.controller.keyring import Keyring
@@ -49,6 +51,12 @@ class Registry:
                 VmRow(uuid=vm, name=name, host=host, config={}, created_at=0.0, provider=provider, key_id=key_id)
             )
         return vm
+
+    async def lock(self, *names: str) -> None:
+        """Say of these VMs that they are locked."""
+        async with self.events.transaction() as session:
+            for row in await session.scalars(select(VmRow).where(VmRow.name.in_(names))):
+                row.lock_reason = "its key cannot be had"
 
     async def begin_conversion(self, vm: UUID, **keys: str) -> None:
         """Record a rekey of a VM at provider ``home``, with ``key_id`` or ``old_key_id``, as the controller does."""

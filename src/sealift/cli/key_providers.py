@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from sealift.cli import export_file, passphrases, quantities
+from sealift.cli import export_file, passphrases, provider_wish, quantities
 from sealift.cli.credentials import connect
 from sealift.cli.output import Output, json_option, pass_output
 from sealift.errors import InvalidInput, KeyProviderError, SealiftError
 
 if TYPE_CHECKING:
-    from sealift.api.encryption import KeyProvider, KeyProviderAdd, KeyProviderAdded
-    from sealift.client import Client
+    from sealift.api.encryption import KeyProvider, KeyProviderAdded
     from sealift.secret import Secret
 
 STATES = {
@@ -24,8 +23,10 @@ STATES = {
     "not_exported": "NOT EXPORTED",
     "no_certificate": "NO CERTIFICATE",
 }
-MAX_PEM = 65536
-MAX_MEMBERS = 16
+_NEXT = {
+    "not_exported": "Export it first: `sealift key-provider export {name} --output FILE`",
+    "no_certificate": "Have its request signed, then run `sealift key-provider certificate {name} FILE`",
+}
 
 _TEXT = click.File("r", encoding="utf-8")
 
@@ -74,78 +75,16 @@ def add(
     if kind == "native" and given:
         raise InvalidInput(f"{' and '.join(given)}: only for --kind kmip", todo="leave it out")
     if kind == "kmip":
-        _check_kmip(servers, authority, client, client_certificate, client_key)
-    wish = _wish(name, kind, servers, authority, client or "generated", client_certificate, client_key, default)
+        provider_wish.check_kmip(servers, authority, client, client_certificate, client_key)
+    how = client or "generated"
+    wanted = provider_wish.wish(name, kind, servers, authority, how, client_certificate, client_key, default)
     with connect() as connected:
-        made = connected.add_key_provider(wish)
-    _tell_added(output, made)
+        made = connected.add_key_provider(wanted)
+    _tell_added(output, made, install=client != "uploaded")
 
 
-def _check_kmip(
-    servers: tuple[str, ...],
-    authority: TextIO | None,
-    client: str | None,
-    certificate: TextIO | None,
-    key: TextIO | None,
-) -> None:
-    if not 1 <= len(servers) <= MAX_MEMBERS:
-        raise InvalidInput(
-            f"a kmip key provider has 1 to {MAX_MEMBERS} servers", todo="give --server HOST:PORT for each of them"
-        )
-    if authority is None:
-        raise InvalidInput(
-            "nothing says who the servers are",
-            todo="give --authority FILE with the certificate of their authority, or a server's own",
-        )
-    if client == "uploaded" and (certificate is None or key is None):
-        raise InvalidInput(
-            "--client uploaded needs certificate and key", todo="give --client-certificate FILE and --client-key FILE"
-        )
-    if client != "uploaded" and (certificate or key):
-        raise InvalidInput("--client-certificate and --client-key are for --client uploaded", todo="say so, or neither")
-
-
-def _wish(
-    name: str,
-    kind: str,
-    servers: tuple[str, ...],
-    authority: TextIO | None,
-    client: str,
-    certificate: TextIO | None,
-    key: TextIO | None,
-    default: bool,
-) -> KeyProviderAdd:
-    from sealift.api.encryption import KeyProviderAdd
-    from sealift.domain.vm import check_name
-
-    return KeyProviderAdd.model_validate(
-        {
-            "name": check_name("key provider", name),
-            "kind": kind,
-            "members": list(servers),
-            "server_authority": _pem(authority),
-            "client": client,
-            "client_certificate": _pem(certificate),
-            "client_key": _pem(key) or None,
-            "default": default,
-        }
-    )
-
-
-def _pem(file: TextIO | None) -> str:
-    """The text of a file; empty without one. Raises InvalidInput, which does not quote it."""
-    if file is None:
-        return ""
-    try:
-        text = file.read(MAX_PEM + 1)
-    except UnicodeDecodeError:
-        raise InvalidInput(f"{file.name} is not PEM text", todo="give a file with -----BEGIN lines") from None
-    if len(text) > MAX_PEM or "-----BEGIN " not in text:
-        raise InvalidInput(f"{file.name} is not PEM text", todo="give a file with -----BEGIN lines")
-    return text
-
-
-def _tell_added(output: Output, made: KeyProviderAdded) -> None:
+def _tell_added(output: Output, made: KeyProviderAdded, *, install: bool) -> None:
+    """``install``: a certificate is one of ours, which the servers do not know yet."""
     if output.json:
         output.document(made)
         return
@@ -153,14 +92,16 @@ def _tell_added(output: Output, made: KeyProviderAdded) -> None:
     output.say(f"Key provider {found.name} ({found.kind}) is added" + (", and the default." if found.default else "."))
     for note in found.notes:
         output.say(f"  {note}")
+    if found.vms:
+        output.say(f"VMs refer to that name: {', '.join(found.vms)}.")
     if made.unlocks:
         vms = ", ".join(made.unlocks)
-        output.say(f"VMs refer to that name: {vms}. They unlock by themselves once their keys are found there.")
+        output.say(f"Locked are: {vms}. They unlock by themselves once their keys are found there.")
     if found.certificate_request:
         output.block(found.certificate_request)
         output.say("Have the servers' authority sign this request for a client, then hand in the certificate:")
         output.say(f"  sealift key-provider certificate {found.name} FILE")
-    elif found.client_certificate:
+    elif found.client_certificate and install:
         output.block(found.client_certificate)
         output.say("Install this certificate at each server, for a client who may make, read, find and destroy keys.")
         output.say(f"Then see that it works: `sealift key-provider test {found.name}`")
@@ -247,9 +188,9 @@ def test(output: Output, name: str) -> None:
         output.table(("STEP", "RESULT", "TOOK", "MESSAGE"), rows)
     if not found.ok:
         failed = [step for step in found.steps if not step.ok]
-        why = f": {failed[0].name}: {failed[0].message}" if failed else ""
+        which = f": {', '.join(step.name for step in failed)}" if failed else ""
         raise KeyProviderError(
-            f"key provider {name} does not do all that is asked of it{why}",
+            f"key provider {name} does not do all that is asked of it{which}",
             todo=f"see `sealift key-provider show {name}`, and the key server's log",
         )
     output.say(f"Key provider {name} does all that is asked of it.")
@@ -266,6 +207,9 @@ def make_default(output: Output, name: str) -> None:
     if output.json:
         output.document(found)
     output.say(f"Key provider {found.name} is the default now; VMs that are encrypted already keep theirs.")
+    if found.state not in ("ok", "degraded"):
+        output.say(f"No VM can be given a key of it as it is: {found.message}.")
+        output.say(_NEXT.get(found.state, "`sealift key-provider test {name}` says more.").format(name=found.name))
 
 
 @key_provider.command()
@@ -275,7 +219,7 @@ def make_default(output: Output, name: str) -> None:
 @pass_output
 def certificate(output: Output, name: str, file: TextIO) -> None:
     """Hand in the certificate that was signed for the provider's request ('-': standard input)."""
-    text = _pem(file)
+    text = provider_wish.pem(file)
     with connect() as client:
         found = client.set_certificate(name, text)
     if output.json:
@@ -302,6 +246,8 @@ def remove(output: Output, name: str, force: bool) -> None:
     output.say(f"Key provider {found.name} is removed.")
     if found.lost:
         output.say(f"{found.lost}.")
+    if found.was_default:
+        output.say("There is no default key provider now; `sealift key-provider default NAME` makes one of another.")
     if found.locks:
         output.say(f"The keys of these VMs cannot be fetched any more: {', '.join(found.locks)}.")
         output.say("They lock when the agent of their host is restarted, which has their keys in memory until then;")
@@ -330,26 +276,35 @@ def export(output: Output, name: str, path: Path, passphrase: str | None) -> Non
         made = client.export_key_provider(name, chosen)
         export_file.write(path, made.file)
         # Shown, and flushed, before it counts: else it could count with nobody able to open it.
-        if output.json:
-            output.values(provider=name, file=str(path), passphrase=made.passphrase)
-        elif made.passphrase:
-            click.echo(made.passphrase)
-            output.say(
-                f"These words open {path}. They are shown once and kept nowhere: write them down, apart from it."
-            )
         try:
-            _confirm(client, name, path, chosen or _secret(made.passphrase))
+            _show_words(output, name, path, made.passphrase)
+        except BaseException:
+            path.unlink()
+            click.echo(f"sealift: what opens {path} could not be shown, so it is no export, and was removed", err=True)
+            raise
+        try:
+            client.confirm_export(name, export_file.read_back(path), chosen or _secret(made.passphrase))
         except SealiftError as error:
             raise type(error)(
                 f"{path} is written, but it was not confirmed that it can be opened: {error.what}",
                 todo=f"if `sealift key-provider show {name}` does not say exported, remove {path} and export it again",
             ) from error
+        except BaseException:
+            click.echo(
+                f"sealift: {path} counts as an export only if `sealift key-provider show {name}` says exported",
+                err=True,
+            )
+            raise
     output.say(f"Key provider {name} is exported: {path} was read back from the disk and could be opened.")
     output.say("Keep the file where the loss of this controller does not reach it.")
 
 
-def _confirm(client: Client, name: str, path: Path, passphrase: Secret) -> None:
-    client.confirm_export(name, export_file.read_back(path), passphrase)
+def _show_words(output: Output, name: str, path: Path, words: str) -> None:
+    if output.json:
+        output.values(provider=name, file=str(path), passphrase=words)
+    elif words:
+        click.echo(words)
+        output.say(f"These words open {path}. They are shown once and kept nowhere: write them down, apart from it.")
 
 
 def _secret(text: str) -> Secret:
@@ -376,4 +331,4 @@ def import_provider(output: Output, path: Path, passphrase: str, default: bool) 
     secret = passphrases.read(passphrase, again=False)
     with connect() as client:
         made = client.import_key_provider(text, secret, default=default)
-    _tell_added(output, made)
+    _tell_added(output, made, install=True)

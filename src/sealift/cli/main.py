@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -20,10 +21,13 @@ from sealift.cli.migrations import migrate, migration
 from sealift.cli.output import Output
 from sealift.cli.settings import settings
 from sealift.cli.vms import vm
-from sealift.errors import SealiftError
+from sealift.errors import InvalidInput, SealiftError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it; `migrate` has its own (see ``cli.following``)."""
+
+_NO_OUTPUT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""How a write to standard output fails; those to files of ours are told of by who writes them."""
 
 
 class Root(click.Group):
@@ -53,17 +57,39 @@ for command in (encrypt, decrypt, rekey, restore_config):
 def run(group: click.Group, arguments: Sequence[str] | None = None) -> NoReturn:
     """Carry out ``arguments`` (default: those of this process) and exit.
 
-    0 when done, a SealiftError's own exit code, 2 for a command line that is wrong, 130 after Ctrl-C.
+    0 when done, a SealiftError's own exit code, 2 for a command line that is wrong, 130 after Ctrl-C, 1 when nobody can
+    read what was done.
     """
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
-        code = group.main(arguments, prog_name="sealift", standalone_mode=False)
+        code = group.main(given, prog_name="sealift", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        _show(error, as_json="--json" in given)
         sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("sealift: interrupted", err=True)
+    except click.Abort as abort:
+        notes = getattr(abort.__cause__, "__notes__", [])  # of the request that was interrupted
+        click.echo("; ".join(["sealift: interrupted", *notes]), err=True)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read our output has seen enough; nor must the interpreter flush it at exit
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # after which whoever reads our output has seen enough
+            if error.errno not in _NO_OUTPUT or error.filename is not None:
+                raise
+            why = f"{error.strerror}; what was asked for may have been done"
+            click.echo(f"sealift: the output cannot be written: {why}", err=True)
+        # Nor must the interpreter flush it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(error: click.ClickException, *, as_json: bool) -> None:
+    """What is wrong with a command line; click's words, also as a JSON object."""
+    if not as_json:
+        error.show()
+        return
+    output = Output()
+    output.json = True
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    todo = f"see `{context.command_path} --help`" if context is not None else ""
+    output.error(InvalidInput(error.format_message(), todo=todo))

@@ -27,8 +27,13 @@ def read(given: str, *, again: bool) -> Secret:
         try:
             with Path(given[1:]).open(encoding="utf-8") as file:
                 text = file.readline(MAX_CHARACTERS + 2)
-        except (OSError, UnicodeDecodeError):
-            raise InvalidInput(f"the file {given[1:]} cannot be read", todo="give --passphrase @FILE") from None
+        except OSError as error:
+            raise InvalidInput(
+                f"the file {given[1:]} cannot be read: {error.strerror}",
+                todo="give --passphrase @FILE with a file whose first line is the passphrase",
+            ) from None
+        except UnicodeDecodeError:
+            raise InvalidInput(f"the file {given[1:]} is not UTF-8 text", todo="give another file") from None
     elif given == PROMPT:
         if not sys.stdin.isatty():
             raise InvalidInput(
@@ -44,9 +49,12 @@ def read(given: str, *, again: bool) -> Secret:
     if not text:
         raise InvalidInput("the passphrase is empty", todo="see that its first line is the passphrase")
     if len(text) > MAX_CHARACTERS:
-        raise InvalidInput(f"the passphrase is longer than {MAX_CHARACTERS} characters")
+        raise InvalidInput(
+            f"the passphrase is longer than {MAX_CHARACTERS} characters",
+            todo="see what its first line is",
+        )
     try:
         raw = text.encode()
     except UnicodeEncodeError:
-        raise InvalidInput("the passphrase is not UTF-8 text") from None
+        raise InvalidInput("the passphrase is not UTF-8 text", todo="see what encoding it is in") from None
     return Secret(raw, length=len(raw))

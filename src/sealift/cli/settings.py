@@ -33,12 +33,17 @@ def list_settings(output: Output) -> None:
 @pass_output
 def change(output: Output, name: str, value: str) -> None:
     """Change a setting, such as `migration-encryption-floor required`."""
-    from sealift.errors import InvalidInput
+    from sealift.domain.quoting import quoted
+    from sealift.errors import InvalidInput, NotFound
 
     if len(value) > 200:
         raise InvalidInput("the value is longer than 200 characters", todo="see `sealift settings list`")
     with connect() as client:
-        found = client.set_setting(name, value)
+        try:
+            found = client.set_setting(name, value)
+        except (InvalidInput, NotFound) as error:  # which quote nothing
+            what = f"{quoted(name)} cannot be set to {quoted(value)}: {error.what}"
+            raise type(error)(what, todo=error.todo) from error
     if output.json:
         output.document(found)
     output.say(f"{found.name} is {found.value}: {found.meaning}.")

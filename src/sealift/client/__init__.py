@@ -17,11 +17,10 @@ import httpx2
 
 from sealift.api import schemas
 from sealift.api.encryption import Verify
-from sealift.client.connection import CONNECT_S, SILENCE_S, Connection, ProblemAnswer, normal_url
+from sealift.client.connection import CONNECT_S, SILENCE_S, Connection, ProblemAnswer, named, normal_url
 from sealift.client.encryption import EncryptedVms, KeyProviders, Settings
 from sealift.domain.policy import MigrateEncryption
 from sealift.domain.token import Token
-from sealift.domain.vm import check_name
 from sealift.errors import ControllerUnreachable, FingerprintMismatch, InvalidInput, SealiftError
 
 __all__ = ["Client", "Credentials", "ProblemAnswer", "Token", "login", "normal_url"]
@@ -104,15 +103,15 @@ class Client(KeyProviders, EncryptedVms, Settings):
 
     def host(self, name: str) -> schemas.Host:
         """One host."""
-        return self._connection.ask(schemas.Host, "GET", f"hosts/{check_name('host', name)}")
+        return self._connection.ask(schemas.Host, "GET", f"hosts/{named('host', name)}")
 
     def remove_host(self, name: str) -> None:
         """Forget a host; raises Conflict while it has VMs."""
-        self._connection.tell("DELETE", f"hosts/{check_name('host', name)}")
+        self._connection.tell("DELETE", f"hosts/{named('host', name)}")
 
     def accept_host(self, name: str) -> schemas.Host:
         """Take a host as it is now, after it lost a capability."""
-        return self._connection.ask(schemas.Host, "POST", f"hosts/{check_name('host', name)}/accept")
+        return self._connection.ask(schemas.Host, "POST", f"hosts/{named('host', name)}/accept")
 
     def vms(self) -> list[schemas.Vm]:
         """All VMs."""
@@ -120,7 +119,7 @@ class Client(KeyProviders, EncryptedVms, Settings):
 
     def vm(self, name: str) -> schemas.Vm:
         """One VM."""
-        return self._connection.ask(schemas.Vm, "GET", f"vms/{check_name('VM', name)}")
+        return self._connection.ask(schemas.Vm, "GET", f"vms/{named('VM', name)}")
 
     def create_vm(
         self, host: str, config: str, *, encrypt: bool = False, provider: str | None = None, verify: Verify = "sample"
@@ -136,21 +135,21 @@ class Client(KeyProviders, EncryptedVms, Settings):
     def change_vm(self, name: str, migrate_encryption: MigrateEncryption) -> schemas.Vm:
         """Set whether a VM moves encrypted."""
         change = schemas.VmChange(migrate_encryption=migrate_encryption)
-        return self._connection.ask(schemas.Vm, "PATCH", f"vms/{check_name('VM', name)}", change)
+        return self._connection.ask(schemas.Vm, "PATCH", f"vms/{named('VM', name)}", change)
 
     def start_vm(self, name: str) -> schemas.Vm:
         """Start a VM; raises Conflict, VmLetGo and HypervisorError's classes."""
-        return self._connection.ask(schemas.Vm, "POST", f"vms/{check_name('VM', name)}/start")
+        return self._connection.ask(schemas.Vm, "POST", f"vms/{named('VM', name)}/start")
 
     def stop_vm(self, name: str, *, force: bool = False) -> schemas.Vm:
         """Ask the guest to power down, or kill it; raises Conflict."""
         return self._connection.ask(
-            schemas.Vm, "POST", f"vms/{check_name('VM', name)}/stop", schemas.VmStop(force=force)
+            schemas.Vm, "POST", f"vms/{named('VM', name)}/stop", schemas.VmStop(force=force)
         )
 
     def delete_vm(self, name: str, *, force: bool = False) -> None:
         """Forget a stopped VM, never its disks; raises Conflict, without ``force`` also for an encrypted one."""
-        self._connection.tell("DELETE", f"vms/{check_name('VM', name)}", params={"force": force})
+        self._connection.tell("DELETE", f"vms/{named('VM', name)}", params={"force": force})
 
     def migrate(self, wish: schemas.MigrationCreate) -> schemas.Migration:
         """Begin a migration, or only plan it (``dry_run``); raises PlanRefused and its kin, Conflict."""

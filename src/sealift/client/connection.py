@@ -19,6 +19,7 @@ from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from sealift.api import schemas
+from sealift.domain.vm import check_name
 from sealift.errors import (
     ControllerUnreachable,
     FingerprintMismatch,
@@ -30,6 +31,8 @@ from sealift.errors import (
 
 CONNECT_S, ANSWER_S, SILENCE_S = 5.0, 120.0, 60.0
 """Longest wait for a connection, for an answer (a plan asks both hosts), and for a sign of life on the event stream."""
+
+MAY_BE_DONE = "the controller may still carry out what it was asked for"
 
 _Answer = TypeVar("_Answer")
 
@@ -58,6 +61,11 @@ def normal_url(text: str) -> str:
         raise bad
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"https://{host}:{port}"
+
+
+def named(kind: str, name: str) -> str:
+    """``name`` for a request; raises InvalidInput, which quotes it: only who wrote it reads that."""
+    return check_name(kind, name, quote=True)
 
 
 def encoded(body: BaseModel) -> bytes:
@@ -129,6 +137,10 @@ class Connection:
             )
         except httpx2.TransportError as error:
             raise self.broken(error) from error
+        except KeyboardInterrupt as interrupted:
+            if method != "GET":
+                interrupted.add_note(MAY_BE_DONE)
+            raise
         if not response.is_success:
             raise self.problem(response)
         return response

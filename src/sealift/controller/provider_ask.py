@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from dataclasses import dataclass
 from typing import Literal
 
+from sealift.domain.key_server import check_member
 from sealift.domain.vm import check_name
 from sealift.errors import InvalidInput
 from sealift.keys.kinds import Kind
 from sealift.secret import Secret
 
 MAX_MEMBERS = 16
-
-_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_HOST = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
-"""Names of up to 253 characters whose labels have up to 63 (RFC 1035, section 2.3.4)."""
 
 ClientTrust = Literal["generated", "csr", "uploaded"]
 
@@ -73,18 +68,3 @@ def check_certificate(pem: str) -> None:
     """Raise InvalidInput when a client certificate, which everybody may see, comes with a private key."""
     if "PRIVATE KEY" in pem:
         raise InvalidInput("the client certificate has a private key beside it", todo="hand in the certificate alone")
-
-
-def check_member(text: str) -> None:
-    """Raise InvalidInput unless ``text`` is host:port (IPv6: [host]:port)."""
-    host, _, port = text.rpartition(":")
-    bad = InvalidInput("the address of a key server is not valid", todo="write host:port, as in kms.example.net:5696")
-    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
-        raise bad
-    if host.startswith("[") and host.endswith("]"):
-        try:
-            ipaddress.IPv6Address(host[1:-1])
-        except ValueError:
-            raise bad from None
-    elif not _HOST.fullmatch(host):
-        raise bad

@@ -69,7 +69,7 @@ async def try_out(provider: KeyProvider, member: str, *, used: UsedKeys, left: L
         except KeyProviderError as error:
             failure = error
         milliseconds = (time.monotonic() - begun) * 1000
-        steps.append(TrialStep(f"{member}: {name}", failure is None, str(failure or ""), milliseconds))
+        steps.append(TrialStep(f"{member}: {name}", failure is None, _message(failure, member), milliseconds))
         return failure is None
 
     async def clear() -> str:
@@ -102,6 +102,14 @@ async def try_out(provider: KeyProvider, member: str, *, used: UsedKeys, left: L
     if failure is not None and not failure.nothing_asked and (said := await clear()):
         steps[-1] = replace(steps[-1], message=f"{steps[-1].message}; {said}")
     return steps
+
+
+def _message(failure: KeyProviderError | None, member: str) -> str:
+    """Why a step failed, without what its name says."""
+    if failure is None:
+        return ""
+    reason = failure.reason.removeprefix(f"{member}: ")
+    return f"{reason} ({failure.todo})" if failure.todo else reason
 
 
 async def try_members(

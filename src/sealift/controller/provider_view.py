@@ -40,7 +40,7 @@ class SeenProvider:
 
 @dataclass(frozen=True)
 class Added:
-    """A new provider, and the VMs that refer to its name."""
+    """A new provider, and the VMs that are locked for want of it."""
 
     provider: SeenProvider
     unlocks: tuple[str, ...]
@@ -74,6 +74,12 @@ async def users_of(session: AsyncSession, name: str) -> tuple[str, ...]:
         )
     )
     return tuple(sorted({*vms, *converting}))
+
+
+async def locked_of(session: AsyncSession, name: str) -> tuple[str, ...]:
+    """The names of the locked VMs that have their key at a provider."""
+    locked = select(VmRow.name).where(VmRow.provider == name, VmRow.lock_reason != "").order_by(VmRow.name)
+    return tuple(await session.scalars(locked))
 
 
 async def keys_in_use(session: AsyncSession, name: str) -> frozenset[str]:
@@ -128,7 +134,7 @@ def no_certificate(name: str) -> Conflict:
     """A kmip provider whose request for a certificate is not signed yet cannot be asked anything."""
     return Conflict(
         f"key provider {name} has no client certificate yet",
-        todo=f"have its request signed, then run `sealift key-provider certificate {name}`",
+        todo=f"have its request signed, then run `sealift key-provider certificate {name} FILE`",
     )
 
 

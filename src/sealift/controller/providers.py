@@ -30,6 +30,7 @@ from sealift.controller.provider_view import (
     SeenProvider,
     judge,
     keys_in_use,
+    locked_of,
     lost_with,
     new_row,
     no_certificate,
@@ -91,18 +92,18 @@ class Providers:
     async def _place(
         self, built: Path, row: KeyProviderRow, event: str, said: str, *, default: bool
     ) -> tuple[str, ...]:
-        """Put a provider's directory and row in place; the names of the VMs that refer to it."""
+        """Put a provider's directory and row in place; the names of the VMs that are locked for want of it."""
         with self._files.placing(built, row.name):
             async with self._events.transaction() as session:
                 first = await session.scalar(select(KeyProviderRow.name).limit(1)) is None
                 session.add(row)
-                users = await users_of(session, row.name)
+                users, locked = await users_of(session, row.name), await locked_of(session, row.name)
                 text = said + (f"; these VMs have their keys there: {', '.join(users)}" if users else "")
                 self._events.add(session, Happening(event, text))
                 if default or first:
                     await self._make_default(session, row, "as the first one" if first else "when it was added")
         self._wake()
-        return users
+        return locked
 
     async def remove(self, name: str, *, force: bool, asked_by: str) -> Removed:
         """Forget a provider and delete what is kept of it here. Raises NotFound, and Conflict while VMs use it.
@@ -158,9 +159,9 @@ class Providers:
         if row.kind == "kmip":
             certificate, request = kmip_trust.client_certificate(place), kmip_trust.certificate_request(place)
         state: ProviderState
-        members: tuple[MemberHealth, ...] = ()
         if row.kind == "kmip" and not certificate:
             state, message = "no_certificate", no_certificate(name).what
+            members = tuple(MemberHealth(each, False, "not asked without a certificate") for each in row.members)
         else:
             health = await self.probe(name)
             state, message = judge(row, health)
@@ -212,7 +213,8 @@ class Providers:
             found: str | None = await session.scalar(select(KeyProviderRow.name).where(KeyProviderRow.is_default))
         if found is None:
             raise NotFound(
-                "there is no default key provider", todo="name one, or set it with `sealift key-provider default`"
+                "there is no default key provider",
+                todo="name one with `--provider NAME`, or set it with `sealift key-provider default NAME`",
             )
         return found
 
@@ -283,7 +285,7 @@ class Providers:
         try:
             check_name("key provider", name)
             async with self._changing:
-                await self._must_be_free(name)
+                await self._must_be_free(name, todo="there is nothing to import")
                 with self._files.aside() as built:
                     await asyncio.to_thread(build_native, built, name, kdk)
                     row = new_row(name, "native", members=(), exported_at=time.time())
@@ -341,7 +343,7 @@ class Providers:
         if row.kind == "native" and row.exported_at is None:
             raise ProviderNotExported(
                 f"key provider {name} was never exported; if this controller were lost, so would be every VM of it",
-                todo=f"run `sealift key-provider export {name}`",
+                todo=f"run `sealift key-provider export {name} --output FILE`",
             )
         await self.open(name)
 
@@ -387,7 +389,7 @@ class Providers:
         text = f"key provider {row.name} was made the default {how}"
         self._events.add(session, Happening("key_provider.default", text))
 
-    async def _must_be_free(self, name: str) -> None:
+    async def _must_be_free(self, name: str, todo: str = "choose another name") -> None:
         async with self._events.reading() as session:
             if await session.get(KeyProviderRow, name) is not None:
-                raise AlreadyExists(f"there is a key provider {name} already", todo="choose another name")
+                raise AlreadyExists(f"key provider {name} is here already", todo=todo)

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Literal
 from uuid import UUID
 
+from sealift.domain.quoting import quoted
 from sealift.errors import InvalidInput
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -17,11 +18,14 @@ MAX_BYTES = 1 << 50
 """Of memory and of a disk: 1 PiB, beyond what QEMU runs, and short enough to be written in any unit of a VM file."""
 
 
-def check_name(kind: str, name: str) -> str:
-    """``name`` itself; raises InvalidInput when it is not a name of 1-63 letters, digits, dots, dashes, underscores."""
+def check_name(kind: str, name: str, *, quote: bool = False) -> str:
+    """``name`` itself; raises InvalidInput when it is not a name of 1-63 letters, digits, dots, dashes, underscores.
+
+    The error quotes it only with ``quote``: towards who wrote it, as a secret may have been given in its place.
+    """
     if not NAME.fullmatch(name):
         raise InvalidInput(
-            f"the {kind} name is not valid",
+            f"the {kind} name {quoted(name)} is not valid" if quote else f"the {kind} name is not valid",
             todo="use 1-63 letters, digits, '.', '-' or '_', beginning with a letter or digit",
         )
     return name

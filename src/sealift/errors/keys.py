@@ -13,6 +13,11 @@ class KeyProviderError(SealiftError):
     nothing_asked = False
     """Whether it is certain that nobody was asked to do it, so that nothing of it can be left anywhere."""
 
+    def __init__(self, what: str, *, todo: str = "", reason: str = "") -> None:
+        """``reason``: why, without who cannot do what; by default all that is said."""
+        super().__init__(what, todo=todo)
+        self.reason = reason or what
+
 
 class ProviderUnreachable(KeyProviderError):
     """No server of the key provider answered."""

@@ -34,6 +34,8 @@ MIN_PASSPHRASE: Final = 16
 MIN_SCORE: Final = 3
 _MEASURED: Final = 72  # zxcvbn refuses longer texts: its time grows with the square of the length
 MAX_EXPORT: Final = 1 << 16
+_ARMOUR: Final = "-----BEGIN AGE ENCRYPTED FILE-----"
+_ARMOUR_WITHIN: Final = 1024  # age takes white space before it
 _PAYLOAD: Final = re.compile(
     rb'\{"format":"sealift-key-provider","version":1,"name":"([A-Za-z0-9][A-Za-z0-9._-]{0,62})","kdk":"([0-9a-f]{64})"\}\n'
 )
@@ -87,6 +89,8 @@ def seal_export(provider_name: str, kdk: Secret, passphrase: Secret) -> str:
 
 def open_export(file: str, passphrase: Secret) -> tuple[str, Secret]:
     """The provider's name and its key derivation key; raises ExportInvalid. Takes about a second."""
+    if _ARMOUR not in file[:_ARMOUR_WITHIN]:
+        raise _invalid("it is not an exported key provider", "give the file that `sealift key-provider export` wrote")
     try:
         raw, words = file.strip().encode("ascii"), passphrase.reveal().decode()
         payload = pyrage.passphrase.decrypt(raw if len(raw) <= MAX_EXPORT else b"", words)

@@ -227,19 +227,24 @@ class KmipProvider:
                 missing.append(str(member.address))
                 said.append(f"{member.address}: {refused.what}")
             except ProviderRefused as refused:
+                reason = f"{member.address}: {refused.what}"
                 raise ProviderRefused(
-                    f"key provider {self._name} refused to {what}: {member.address}: {refused.what}",
+                    f"key provider {self._name} refused to {what}: {reason}",
                     todo="see what the key server allows this controller's client certificate",
+                    reason=f"refused: {reason}",
                 ) from None
         every = "; ".join(said)
         if missing:
             raise KeyMissing(
-                f"key provider {self._name} cannot {what}: {every}", todo="see whether the key was destroyed there"
+                f"key provider {self._name} cannot {what}: {every}",
+                todo="see whether the key was destroyed there",
+                reason=every,
             )
         worst = min(failures, key=lambda failure: _TELLING.index(type(failure)))
         raise type(worst)(
             f"key provider {self._name} cannot {what}: {every}",
             todo=worst.todo or "see that its servers run and can be reached from the controller",
+            reason=every,
         )
 
 

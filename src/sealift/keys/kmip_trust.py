@@ -136,7 +136,10 @@ def load(directory: Path) -> Trust:
     """
     for name, what in ((_KEY, "client key"), (_CERTIFICATE, "client certificate"), (_AUTHORITY, "server authority")):
         if not (directory / name).exists():
-            raise ProviderUnreachable(f"there is no {what} yet", todo="see `sealift key-provider certificate`")
+            raise ProviderUnreachable(
+                f"there is no {what} yet",
+                todo="have its request signed, then run `sealift key-provider certificate NAME FILE`",
+            )
     authority = _read(directory / _AUTHORITY)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -172,9 +175,14 @@ def _certificates(pem: str, what: str) -> Sequence[x509.Certificate]:
             each.public_key()
             _is_authority(each)
     except _BROKEN:
-        raise InvalidInput(f"{what} is no certificate in PEM format") from None
+        raise InvalidInput(
+            f"{what} is no certificate in PEM format", todo="give a file with -----BEGIN CERTIFICATE----- lines"
+        ) from None
     if len(found) > MAX_CERTIFICATES:
-        raise InvalidInput(f"{what} has {len(found)} certificates; at most {MAX_CERTIFICATES} are taken")
+        raise InvalidInput(
+            f"{what} has {len(found)} certificates; at most {MAX_CERTIFICATES} are taken",
+            todo="leave out those that are not needed",
+        )
     now = datetime.datetime.now(datetime.UTC)
     for each in found:
         if each.not_valid_after_utc <= now:
@@ -197,7 +205,9 @@ def _private_key(pem: bytes) -> ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey |
             "the client key is no private key in PEM format", todo="give one that no passphrase protects"
         ) from None
     if isinstance(key, rsa.RSAPrivateKey) and key.key_size < _MIN_RSA_BITS:
-        raise InvalidInput(f"the client key has {key.key_size} bits; RSA needs {_MIN_RSA_BITS}")
+        raise InvalidInput(
+            f"the client key has {key.key_size} bits; RSA needs {_MIN_RSA_BITS}", todo="use an EC or a longer RSA key"
+        )
     if not isinstance(key, (ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey, ed25519.Ed25519PrivateKey)):
         raise InvalidInput("the client key is of a kind that TLS has no use for", todo="use an EC or RSA key")
     return key
@@ -206,7 +216,10 @@ def _private_key(pem: bytes) -> ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey |
 def _check_pair(certificates: Sequence[x509.Certificate], key: PrivateKeyTypes) -> None:
     ours = certificates[0]
     if _public(ours.public_key()) != _public(key.public_key()):
-        raise InvalidInput("the client certificate is for another key")
+        raise InvalidInput(
+            "the client certificate is for another key",
+            todo="give the one that was signed for this provider's request, or that belongs to the key given with it",
+        )
     with contextlib.suppress(x509.ExtensionNotFound):
         usage = ours.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         if ExtendedKeyUsageOID.CLIENT_AUTH not in usage:

@@ -94,7 +94,9 @@ async def change(controller: Controller, name: Caller, provider: str, body: KeyP
 async def remove(controller: Controller, name: Caller, provider: str, force: bool = False) -> KeyProviderRemoved:
     """Forget a key provider; with ``force`` also while VMs have their keys there, which then lock."""
     removed = await controller.providers.remove(provider, force=force, asked_by=name)
-    return KeyProviderRemoved(name=removed.name, locks=list(removed.locks), lost=removed.lost)
+    return KeyProviderRemoved(
+        name=removed.name, locks=list(removed.locks), lost=removed.lost, was_default=removed.was_default
+    )
 
 
 @router.post("/{provider}/test")
