@@ -138,7 +138,8 @@ class Watch:
         while not self.qemu_gone:
             await asyncio.sleep(_POLL_S)
             await self.look()
-            await self.look_at_relay()
+            if not isinstance(self.broken, RelayGone):  # one that does not answer is not asked again and again
+                await self.look_at_relay()
 
     async def _watch_events(self, events: AsyncIterator[QmpEvent]) -> None:
         async for event in events:

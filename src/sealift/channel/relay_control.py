@@ -28,6 +28,8 @@ from sealift.errors import InvalidInput, SealiftError
 RELAY_PROTOCOL: Final = 1
 SOCKET_NAME: Final = "relay.sock"
 _MAX_LINE: Final = 64 << 10
+_BACKLOG: Final = 128
+"""Room for every question that an agent gave up while this process stood still: who kills it must find it here."""
 _MAX_REFUSALS: Final = 64
 _MAX_INTERRUPTIONS: Final = 1024
 _LONGEST_WAIT_S: Final = 3600.0
@@ -144,7 +146,7 @@ class ControlServer:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener.bind(self._path)
         os.chmod(self._path, 0o600)
-        self._listener.listen(16)
+        self._listener.listen(_BACKLOG)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(events.waker, selectors.EVENT_READ)
