@@ -11,11 +11,12 @@ import sys
 
 import pytest
 
+from sealift.channel import relay_client
 from sealift.channel.protocol import Plan
 from sealift.channel.relay_client import RelayClient, start_relay
 from sealift.channel.relay_spec import RelaySpec, encode_handover, split_address
 from sealift.errors import InvalidInput, LocalPeerRefused, RelayGone
-from support.relays import PATIENCE, Site, channel_spec, proc
+from support.relays import PATIENCE, Pair, Site, channel_spec, proc
 
 
 @pytest.fixture
@@ -122,6 +123,51 @@ def test_client_speaks_with_a_relay_it_did_not_start(site: Site) -> None:
         asyncio.run(talk(pair.source.directory, pair.target.directory))
         assert pair.source.exit_status() == 0
         assert pair.target.exit_status() == 0
+
+
+def test_a_relay_that_stands_still_is_waited_for_and_keeps_nobody_else(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_client, "_REQUEST_S", 0.2)
+
+    async def talk(pair: Pair) -> None:
+        client = await RelayClient.connect(pair.source.directory)
+        pair.source.signal(signal.SIGSTOP)
+        try:
+            waiting = asyncio.create_task(client.wait(99, 0))
+            found = asyncio.create_task(RelayClient.connect(pair.source.directory))
+            with pytest.raises(RelayGone):
+                await client.send({"type": "COMMIT"})
+            with pytest.raises(RelayGone):
+                await client.status()
+        finally:
+            pair.source.signal(signal.SIGCONT)
+        assert await waiting == []
+        (await found).hang_up()
+        client.hang_up()
+
+    with site.pair() as pair:
+        asyncio.run(talk(pair))
+
+
+def test_a_relay_that_does_not_answer_is_killed_however_often_it_was_asked(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question that was given up leaves a connection that the relay has not taken."""
+    monkeypatch.setattr(relay_client, "_REQUEST_S", 0.01)
+
+    async def talk(pair: Pair) -> None:
+        client = await RelayClient.connect(pair.source.directory)
+        pair.source.signal(signal.SIGSTOP)
+        for _ in range(40):
+            with pytest.raises(RelayGone):
+                await client.status()
+        monkeypatch.setattr(relay_client, "_CLOSE_S", 0.1)
+        await client.close()
+
+    with site.pair() as pair:
+        asyncio.run(talk(pair))
+        assert pair.source.exit_status() == -signal.SIGKILL
 
 
 def test_a_secret_of_the_wrong_length_is_not_handed_over() -> None:

@@ -19,6 +19,9 @@ from sealift.errors import RelayGone, from_slug
 
 _START_S: Final = 10.0
 _REQUEST_S: Final = 3.0
+"""Limit of a request that a guest may stand still for: what a relay does not pass on, a controller carries."""
+_PATIENCE_S: Final = 10.0
+"""Limit of one without whose answer the move is given up: a host that is only busy must not lose it."""
 _CLOSE_S: Final = 8.0
 _MAX_LINE: Final = 16 << 20
 _SPEC_FD: Final = 3
@@ -234,7 +237,7 @@ class RelayClient:
     async def connect(cls, directory: str) -> RelayClient:
         """A client whose relay has just answered."""
         client = cls(directory)
-        await client.status()
+        await client._asking.ask({"op": "status"}, _PATIENCE_S)
         return client
 
     async def status(self) -> dict[str, Any]:
@@ -247,7 +250,7 @@ class RelayClient:
 
     async def wait(self, after: int, timeout: float) -> list[Event]:
         """The events with a higher ``seq`` than ``after``: at once if there are any, else within ``timeout`` s."""
-        answer = await self._waiting.ask({"op": "wait", "after": after, "timeout": timeout}, timeout + _REQUEST_S)
+        answer = await self._waiting.ask({"op": "wait", "after": after, "timeout": timeout}, timeout + _PATIENCE_S)
         events: list[Event] = answer["events"]
         return events
 
