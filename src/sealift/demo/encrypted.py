@@ -18,9 +18,13 @@ from rich.table import Table
 
 from sealift.demo.cluster import Cluster, Host
 from sealift.demo.guest import GuestImage, command_line, marker
+from sealift.demo.keys import spellings
 from sealift.demo.kmip import KmipServers
+from sealift.demo.ports import free_port
 from sealift.demo.stage import Stage, cache_directory, perform, say, screen, step
+from sealift.demo.tap import Tap
 from sealift.errors import Conflict, PlanRefused, SealiftError, VmLocked, VmTampered
+from sealift.keys.kinds import open_provider
 
 # Not a multiple of 256 KiB: under TCG, QEMU 7.2 loses writes of guests whose memory is one (fixed in 9.0).
 RAM_KIB = 131064
@@ -56,17 +60,20 @@ class _Encrypted(Stage):
         # Not below the cluster's directory: that may be a tmpfs, which has no O_DIRECT.
         self._datastore = Path(tempfile.mkdtemp(prefix="datastore-", dir=cache_directory()))
         self._servers: KmipServers | None = None
+        self._taps: dict[str, Tap] = {}
         self._rows: list[Row] = []
         self._uuid = ""
 
     # the set-up
 
     def set_up(self, image: GuestImage) -> None:
-        """Controller, two hosts, a key server with two members, and an encrypted guest that is ready."""
+        """Controller, two hosts behind taps, a key server with two members, and an encrypted guest that is ready."""
         step("A controller and two hosts, each a process of its own on loopback")
         self.cluster.start()
         for name in ("alpha", "beta"):
-            self.cluster.add_host(name)
+            doorman = free_port()
+            tap = self._taps[name] = Tap(doorman)
+            self.cluster.add_host(name, migration_port=tap.port, migration_listen=f"127.0.0.1:{doorman}")
         say(self.cluster.sealift("host", "list").stdout)
         step(f"A KMIP key server with two members is the key provider {PROVIDER}")
         self._servers = KmipServers(self.cluster.directory / "kmip", members=2)
@@ -108,8 +115,7 @@ class _Encrypted(Stage):
 
     def _moved_sealed(self) -> None:
         step("2. It moves sealed, whatever its setting; and plain is refused")
-        record = self._migrate("beta")
-        self.prove("the record says sealed", record["protection"] == "sealed")
+        self._migrate_sealed("beta")
         self.prove("the guest goes on writing on beta", self._goes_on())
         refused = self._refused(Conflict, "vm", "set", "guest", "--migrate-encryption", "disabled")
         self.prove("disabled is refused while the VM is encrypted", "encrypted" in refused)
@@ -122,8 +128,7 @@ class _Encrypted(Stage):
         before = self._vm()["encryption"]["key_id"]
         self._convert("rekey, one member gone", "vm", "rekey", "guest")
         self.prove("the VM has a new key from the other member", self._vm()["encryption"]["key_id"] != before)
-        record = self._migrate("alpha")
-        self.prove("it moved sealed", record["protection"] == "sealed")
+        self._migrate_sealed("alpha")
         self.prove("the guest goes on writing on alpha", self._goes_on())
 
     def _both_gone(self) -> None:
@@ -207,10 +212,28 @@ class _Encrypted(Stage):
         self.prove("it still moves sealed or not at all, until somebody says otherwise", kept[0] == "required")
         words = "was opportunistic before encryption"
         self.prove(f'and says "{words}"', kept[1] == "opportunistic" and words in shown)
+        self.cluster.sealift("vm", "set", "guest", "--migrate-encryption", "disabled")
+        self.boot()
+        record, found, _ = self._migrate("beta", marker(self._secret))
+        self.prove("told to, it moves plain", record["protection"] == "plain")
+        self.prove("and the tap finds the marker when nothing hides it", found > 0)
 
     # what the parts do
 
-    def _migrate(self, target: str) -> dict[str, Any]:
+    def _migrate_sealed(self, target: str) -> None:
+        file = self.cluster.hosts[self._vm()["host"]].state / "vms" / self._uuid / "vm.toml"
+        ours = self.cluster.directory / "controller" / "providers" / PROVIDER
+        keys = spellings(file.read_bytes(), open_provider("kmip", PROVIDER, ours, self._servers_().members))
+        record, found, seen = self._migrate(target, marker(self._secret), *keys)
+        self.prove("the record says sealed", record["protection"] == "sealed")
+        self.prove("a tap on the wire saw all that the guest filled pass", seen > FILLED_MB << 20)
+        self.prove("and in it neither the guest's marker nor a key of the VM or its disk", found == 0)
+
+    def _migrate(self, target: str, *patterns: bytes) -> tuple[dict[str, Any], int, int]:
+        """The record; how often the wire showed one of the patterns, and how many bytes passed."""
+        tap = self._taps[target]
+        tap.look_for(*patterns)
+        tap.counts()
         done = subprocess.run(
             self.cluster.argv("migrate", "guest", "--to", target), env=self.cluster.environment, check=False
         )
@@ -219,7 +242,7 @@ class _Encrypted(Stage):
         record: dict[str, Any] = max(self.cluster.ask("migration", "list"), key=lambda row: row["created_at"])
         went = f"{record['protection']}, {record['cipher']}" if record["cipher"] else record["protection"]
         self._note(f"migrate {record['source']} → {target}", went, record["total_s"])
-        return record
+        return record, *tap.counts()
 
     def _convert(self, title: str, *command: str) -> None:
         began = time.monotonic()
@@ -312,6 +335,8 @@ class _Encrypted(Stage):
     def close(self) -> None:
         """End everything that was started."""
         super().close()
+        for tap in self._taps.values():
+            tap.close()
         if self._servers is not None:
             self._servers.close()
         shutil.rmtree(self._datastore, ignore_errors=True)
