@@ -302,8 +302,11 @@ def test_a_vm_whose_provider_is_gone_locks_and_says_why(
     assert "attic" in row
     assert re.search(rf"because +.*{re.escape(found['key_id'])}", sealift.says("vm", "show", encrypted))
     assert "attic" in sealift.fails(12, "vm", "start", encrypted)
+    said = sealift.says("vm", "restore-config", encrypted)
+    assert "nothing was changed" in said
+    assert "It is still LOCKED: VM web is locked: it needs key" in said
     added = sealift.says("key-provider", "add", "attic", "--kind", "native")
-    assert "VMs refer to that name: web. They unlock by themselves once their keys are found there." in added
+    assert "VMs refer to that name: web.\nLocked are: web. They unlock by themselves once their keys are found" in added
 
 
 def test_a_changed_file_is_shown_and_put_back(encrypted: str, deployment: Deployment, sealift: CommandLine) -> None:

@@ -137,7 +137,8 @@ def describe(name: str, host: str, file: bytes, judgement: Judgement) -> VmTampe
 
 def locked(name: str, error: SealiftError) -> VmLocked:
     """That a VM cannot be started, since ``error`` keeps its keys away."""
-    return VmLocked(f"VM {name} is locked: {error.what}", todo=f"{error.todo}; then it unlocks by itself")
+    why = error.what.replace(f"VM {name} needs", "it needs", 1)
+    return VmLocked(f"VM {name} is locked: {why}", todo=f"{error.todo}; then it unlocks by itself")
 
 
 @dataclass
