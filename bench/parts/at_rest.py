@@ -1,7 +1,8 @@
 """Encryption at rest, measured from outside: each figure is what a person waits for who gives the command.
 
 Rows have the operation as their ``path``. Those of conversions come in pairs, ``sealift`` and ``qemu-img`` by name, in
-GB of virtual disk; starts in pairs as well, ``encrypted`` and ``plain``.
+GB of virtual disk; starts in pairs as well, ``encrypted`` and ``plain``, on a host that has the keys and on one whose
+agent has just been restarted, so that it has none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from parts.goals import judge
+from parts.goals import START, START_FETCHED, judge
 from parts.images import Image, convert, flush, make_full, new_key
 from parts.measure import Processes, Row, Run, peak_rss_mib_of_family, row
 from sealift.cli.credentials import connect
@@ -28,6 +30,7 @@ from sealift.demo.kmip import KmipServers
 PARTS = ("start", "rekey", "convert")
 OPERATIONS = ("encrypt", "rekey --deep", "decrypt")
 
+_KINDS: dict[str, tuple[str, ...]] = {"encrypted": ("--encrypt", "--provider", "old"), "plain": ()}
 _TINY = 1 << 20
 _MEMORY_KIB = 16392  # the least there is, and no multiple of 256 KiB
 
@@ -117,22 +120,37 @@ class Bench:
     def starts(self, count: int) -> list[Row]:
         """The start of a VM with an encrypted disk and of one with a plain one, in turn; the guest is its firmware."""
         tell("two VMs that differ in their disk")
-        kinds = {"encrypted": ("--encrypt", "--provider", "old"), "plain": ()}
-        for name, options in kinds.items():
+        for name, options in _KINDS.items():
             self._define(name, self._disk(name), *options, size=64 << 20)
-        seconds: dict[str, list[float]] = {name: [] for name in kinds}
         with self._client() as client:
-            for number in range(count + 1):
-                for name in kinds if number % 2 == 0 else reversed(kinds):
-                    began = time.monotonic()
-                    client.start_vm(name)
-                    took = time.monotonic() - began
-                    client.stop_vm(name, force=True)
-                    if number:  # the first of each warms up caches
-                        seconds[name].append(took)
-        for name in kinds:
+            rows = _in_turn(START, count, lambda name: self._start(client, name))
+            tell("the same, the agent restarted before each start")
+            rows += _in_turn(START_FETCHED, count, lambda name: self._start_without_keys(client, name))
+        for name in _KINDS:
             self._forget(name, self._disk(name))
-        return [_timed(name, "start", seconds[name]) for name in kinds]
+        return rows
+
+    def _start(self, client: Client, name: str) -> float:
+        began = time.monotonic()
+        client.start_vm(name)
+        took = time.monotonic() - began
+        client.stop_vm(name, force=True)
+        return took
+
+    def _start_without_keys(self, client: Client, name: str) -> float:
+        """As ``_start``, with a host that has forgotten every key: they are fetched within the time that is taken."""
+        host = self._cluster.hosts["a"]
+        while True:
+            handed_out = self._handed_out()
+            self._cluster.kill_agent(host, signal.SIGTERM)
+            self._cluster.start_agent(host)
+            took = self._start(client, name)
+            if self._handed_out() == handed_out:  # else the keeper, which looks every 5 s, was faster
+                return took
+
+    def _handed_out(self) -> int:
+        """How often the controller gave keys to the host by itself, by its log."""
+        return (self._cluster.directory / "controller.log").read_bytes().count(b"keys were handed out")
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Client]:
@@ -167,6 +185,17 @@ class Bench:
 def tell(text: str) -> None:
     """Say how far it is."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def _in_turn(path: str, count: int, start: Callable[[str], float]) -> list[Row]:
+    """The rows of so many starts of each kind of VM."""
+    seconds: dict[str, list[float]] = {name: [] for name in _KINDS}
+    for number in range(count + 1):
+        for name in _KINDS if number % 2 == 0 else reversed(_KINDS):
+            took = start(name)
+            if number:  # the first of each warms up caches
+                seconds[name].append(took)
+    return [_timed(name, path, seconds[name]) for name in _KINDS]
 
 
 def _timed(name: str, path: str, seconds: Sequence[float]) -> Row:
