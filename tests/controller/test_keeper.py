@@ -309,6 +309,24 @@ def test_a_defect_that_it_meets_at_a_provider_keeps_it_from_no_vm(tmp_path: Path
     with_world(tmp_path, story, pace=EAGER)
 
 
+def test_a_provider_that_does_not_answer_keeps_nobody_from_the_keys_of_another(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.provide("other")
+        first = await world.encrypted("vm1")
+        second = await world.define("vm2")
+        await world.finished(await world.encrypt("vm2", provider="other"))
+        provider = await broken(world)
+        held = dict(world.a.vault.held)
+        provider.hangs = True
+        for _ in range(3):  # also in the rounds after the one in which it hangs
+            world.a.vault.restart()
+            await world.a.vault.until(lambda: world.a.vault.held.get(second) == held[second])
+            assert first not in world.a.vault.held
+        provider.hangs = False
+
+    with_world(tmp_path, story, pace=EAGER)
+
+
 def test_a_list_of_vms_does_not_wait_for_a_provider_that_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from sealift.keys.bundle import Verdict
 log = structlog.get_logger("sealift.keeper")
 
 AT_ONCE = 8
-"""How many VMs are looked at at the same time."""
+"""How many VMs of one key provider are looked at at the same time."""
 
 RUNS = frozenset({VmState.RUNNING, VmState.PAUSED, VmState.INCOMING, VmState.MIGRATED})
 """States in which a QEMU may have the keys, whatever the agent has: the VM is not locked."""
@@ -54,6 +54,7 @@ class Keeper:
         self._every_s, self._probe_s = every_s, probe_s
         self._weak: dict[UUID, str] = {}  # what was said of keys that are not active
         self._tasks: list[asyncio.Task[None]] = []
+        self._looks: dict[str, asyncio.Task[None]] = {}  # under way, by key provider
 
     @property
     def _keys(self) -> VmKeys:
@@ -69,18 +70,19 @@ class Keeper:
 
     async def stop(self) -> None:
         """Look no more."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for tasks in (self._tasks, list(self._looks.values())):  # the first begin the second
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self) -> None:
         probed = time.monotonic()
         while True:
             changed = self._providers.changed  # taken before the look, so that nothing slips in between
             try:
-                await self.look()
+                await self._begin_looks()
             except Exception:
-                log.exception("the keeper met something unexpected when it looked at VMs")
+                log.exception("the keeper met something unexpected when it asked for VMs")
             if time.monotonic() - probed >= self._probe_s:
                 try:
                     await self.probe()
@@ -115,14 +117,38 @@ class Keeper:
                 raise answer
 
     async def look(self) -> None:
-        """Look at every encrypted VM once."""
+        """Look at every encrypted VM once, but for those that are being looked at."""
+        await asyncio.gather(*await self._begin_looks())
+
+    async def _begin_looks(self) -> list[asyncio.Task[None]]:
+        """Begin to look at the VMs of each provider, unless the last look at them is still under way.
+
+        Each has its own: a look at many VMs of one that does not answer takes minutes, in which others need keys.
+        """
+        by_provider: dict[str, list[_Placed]] = {}
+        for placed in await self._placed():
+            by_provider.setdefault(placed.vm.provider or "", []).append(placed)
+        begun = {
+            provider: asyncio.create_task(self._look_at(provider, vms), name=f"keeper of {provider}")
+            for provider, vms in by_provider.items()
+            if provider not in self._looks
+        }
+        self._looks.update(begun)
+        return list(begun.values())
+
+    async def _look_at(self, provider: str, vms: Sequence[_Placed]) -> None:
         room = asyncio.Semaphore(AT_ONCE)
 
         async def one(placed: _Placed) -> None:
             async with room:
                 await self._keep(placed)
 
-        await asyncio.gather(*(one(placed) for placed in await self._placed()))
+        try:
+            await asyncio.gather(*map(one, vms))
+        except Exception:
+            log.exception("the keeper met something unexpected when it looked at VMs", provider=provider)
+        finally:
+            del self._looks[provider]
 
     async def _placed(self) -> Sequence[_Placed]:
         """Every encrypted VM whose host answers and knows it."""
