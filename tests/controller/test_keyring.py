@@ -16,13 +16,21 @@ from sealift.controller.keyring import AT_ONCE
 from sealift.controller.models import VmRow
 from sealift.controller.provider_ask import ProviderAsk
 from sealift.demo.ports import free_port
-from sealift.errors import Conflict, KeyMissing, NotFound, ProviderNotExported, ProviderUnreachable, VmLocked
+from sealift.errors import (
+    Conflict,
+    KeyMissing,
+    NotFound,
+    ProviderImpostor,
+    ProviderNotExported,
+    ProviderUnreachable,
+    VmLocked,
+)
 from sealift.keys.kmip_numbers import Operation
 from sealift.keys.native import NativeProvider
 from sealift.keys.provider import KEK_BYTES, KeyState
 from sealift.secret import Secret
 from support.kmip_place import failing_on, make_place, members
-from support.kmip_server import Die, Store
+from support.kmip_server import Die, Store, saying, server_context
 from support.registries import Registry, a_registry, with_registry
 
 
@@ -339,21 +347,49 @@ def test_a_provider_that_is_removed_takes_no_interrupted_key_with_it_without_a_w
     with_failing(tmp_path, story)
 
 
-def test_a_provider_that_was_certainly_not_asked_leaves_nothing_to_speak_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("impostor", [False, True])
+def test_a_provider_that_was_certainly_not_asked_leaves_nothing_to_speak_of(impostor: bool, tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    place, store = make_place(tmp_path / "place"), Store()
+
     async def story(registry: Registry) -> None:
-        authority = make_place(tmp_path / "place").authority
-        ask = ProviderAsk("kms", "kmip", (f"127.0.0.1:{free_port()}",), authority.pem)
-        await registry.providers.add(ask, asked_by="ann")
-        vm = await registry.add_vm("vm1", "kms")
-        with pytest.raises(ProviderUnreachable) as failed:
-            await registry.keyring.new_kek("kms", vm, "vm1")
+        async with saying(server_context(place.authority, place.other_name), store.answers()) as server:
+            member = server.member if impostor else f"127.0.0.1:{free_port()}"
+            ask = ProviderAsk("kms", "kmip", (member,), place.authority.pem)
+            await registry.providers.add(ask, asked_by="ann")
+            vm = await registry.add_vm("vm1", "kms")
+            with pytest.raises(ProviderImpostor if impostor else ProviderUnreachable) as failed:
+                await registry.keyring.new_kek("kms", vm, "vm1")
         assert "left" not in str(failed.value)
-        assert "can be reached from the controller" in failed.value.todo
+        assert ("who answers at that address" if impostor else "reached from the controller") in failed.value.todo
         assert await registry.happened("key.left_over") == []
         assert fresh_rows(tmp_path) == []
+        assert store.states == {}
 
-    (tmp_path / "place").mkdir()
     with_registry(tmp_path, story)
+
+
+def test_a_key_server_that_may_have_been_asked_is_spoken_of(tmp_path: Path) -> None:
+    """It dies when the request has come, as far as can be seen from here: the key may be there."""
+    store, place = Store(), make_place(tmp_path)
+
+    async def story(registry: Registry) -> None:
+        async with members(place, store.answers(before=raise_die)) as (provider, _):
+            ask = ProviderAsk("kms", "kmip", ("kms1.example.net:5696",), place.authority.pem)
+            await registry.providers.add(ask, asked_by="ann")
+            registry.providers._opened["kms"] = provider
+            vm = await registry.add_vm("vm1", "kms")
+            with pytest.raises(ProviderUnreachable, match="may have been left unused"):
+                await registry.keyring.new_kek("kms", vm, "vm1")
+        [event] = await registry.happened("key.left_over")
+        assert f"label sealift-{vm}-" in event.text
+        assert fresh_rows(tmp_path / "registry") == []
+
+    def raise_die(operation: Operation) -> None:
+        raise Die
+
+    (tmp_path / "registry").mkdir()
+    with_registry(tmp_path / "registry", story)
 
 
 async def the_vm_has(registry: Registry, vm: UUID, key_id: str) -> None:
