@@ -181,10 +181,12 @@ def test_at_most_256_unread_prefaces_the_oldest_goes_first(site: Site, door) -> 
     route, waiting = door
 
     def trial() -> None:
+        began = time.monotonic()
         with contextlib.ExitStack() as stack:
             silent = [stack.enter_context(visit(site)) for _ in range(MAX_UNREAD)]
             one_more = stack.enter_context(visit(site))
             assert read_all(silent[0]) == b""
+            assert time.monotonic() - began < PREFACE_S, "later it would have been for its silence"
             one_more.sendall(preface(route))
             taken(waiting)[1].close()
 
