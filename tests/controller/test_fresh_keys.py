@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sealift.controller.models import ConversionRow
 from sealift.keys.provider import KeyState
+from support.controllers import FAST
 from support.encrypted_world import World, with_world
 
 
@@ -37,13 +39,15 @@ async def prepared(world: World, shallow: bool) -> Callable[[], Awaitable[Conver
     return world.encrypt
 
 
+async def die(*_: object, **__: object) -> ConversionRow:
+    """Stands for what a controller does when it is killed."""
+    raise Died
+
+
 @pytest.mark.parametrize("shallow", [False, True], ids=["encrypt", "shallow rekey"])
 def test_a_controller_that_dies_before_the_record_tells_of_the_key_when_it_is_back(
     shallow: bool, tmp_path: Path
 ) -> None:
-    async def die(*_: object, **__: object) -> ConversionRow:
-        raise Died
-
     async def story(world: World) -> None:
         begin = await prepared(world, shallow)
         world.services.conversions.begin = die  # type: ignore[method-assign]
@@ -62,6 +66,24 @@ def test_a_controller_that_dies_before_the_record_tells_of_the_key_when_it_is_ba
         assert (await world.finished(await (world.rekey() if shallow else world.encrypt()))).state == "done"
 
     with_world(tmp_path, story)
+
+
+def test_a_provider_that_is_away_then_is_asked_again(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        begin = await prepared(world, shallow=False)
+        world.services.conversions.begin = die  # type: ignore[method-assign]
+        world.services.keyring.give_up = die  # type: ignore[method-assign, assignment]
+        with pytest.raises(Died):
+            await begin()
+        await world.away()
+        await world.restart()
+        await world.services.keyring.settle()
+        assert await world.happened("key.left_over") == []
+        await world.back()
+        [(key_id, _)] = unused_keys(world)
+        assert key_id in (await world.tell("key.left_over")).text
+
+    with_world(tmp_path, story, pace=replace(FAST, probe_s=0.05))
 
 
 @pytest.mark.parametrize("shallow", [False, True], ids=["encrypt", "shallow rekey"])
