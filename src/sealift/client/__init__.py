@@ -143,9 +143,7 @@ class Client(KeyProviders, EncryptedVms, Settings):
 
     def stop_vm(self, name: str, *, force: bool = False) -> schemas.Vm:
         """Ask the guest to power down, or kill it; raises Conflict."""
-        return self._connection.ask(
-            schemas.Vm, "POST", f"vms/{named('VM', name)}/stop", schemas.VmStop(force=force)
-        )
+        return self._connection.ask(schemas.Vm, "POST", f"vms/{named('VM', name)}/stop", schemas.VmStop(force=force))
 
     def delete_vm(self, name: str, *, force: bool = False) -> None:
         """Forget a stopped VM, never its disks; raises Conflict, without ``force`` also for an encrypted one."""

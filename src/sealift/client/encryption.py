@@ -99,9 +99,7 @@ class EncryptedVms(_Part):
 
         That may take long, see ``REKEY_MANY_S``.
         """
-        wish = wire.RekeyManyRequest(
-            source=named("key provider", source), target=named("key provider", target)
-        )
+        wish = wire.RekeyManyRequest(source=named("key provider", source), target=named("key provider", target))
         return self._connection.ask(list[wire.Rekeyed], "POST", "rekey", wish, answer_s=REKEY_MANY_S)
 
     def restore_config(self, name: str) -> VmRestored:
