@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from sealift.controller.models import ConversionRow
+from sealift.errors import Conflict, ProviderRefused
+from sealift.keys.native import NativeProvider
 from sealift.keys.provider import KeyState
 from support.controllers import FAST
 from support.encrypted_world import World, with_world
@@ -107,5 +109,52 @@ def test_whoever_is_cancelled_before_the_record_leaves_no_key(shallow: bool, tmp
         [(_, state)] = unused_keys(world)
         assert state == KeyState.DESTROYED.value
         assert await world.happened("key.left_over") == []
+
+    with_world(tmp_path, story)
+
+
+def test_a_provider_that_refuses_to_look_for_the_key_is_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(self: NativeProvider, label: str) -> list[str]:
+        raise ProviderRefused("it does not allow that")
+
+    async def story(world: World) -> None:
+        begin = await prepared(world, shallow=False)
+        world.services.conversions.begin = die  # type: ignore[method-assign]
+        world.services.keyring.give_up = die  # type: ignore[method-assign, assignment]
+        with pytest.raises(Died):
+            await begin()
+        monkeypatch.setattr(NativeProvider, "locate", refuse)
+        await world.restart()
+        assert "it does not allow that" in (await world.tell("key.left_over")).text
+
+    with_world(tmp_path, story)
+
+
+def test_a_key_whose_destruction_is_cut_off_is_destroyed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        begin = await prepared(world, shallow=False)
+        reached = asyncio.Event()
+
+        async def refuse(*_: object, **__: object) -> ConversionRow:
+            raise Conflict("the VM is gone")
+
+        async def hang(self: NativeProvider, key_id: str) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        world.services.conversions.begin = refuse  # type: ignore[method-assign]
+        with monkeypatch.context() as patch:
+            patch.setattr(NativeProvider, "destroy", hang)
+            asking = asyncio.ensure_future(begin())
+            await reached.wait()
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+        assert world.services.providers.fresh.vms_of("home") == set(), "nobody works on it"
+        await world.services.keyring.settle()
+        [(_, state)] = unused_keys(world)
+        assert state == KeyState.DESTROYED.value
 
     with_world(tmp_path, story)

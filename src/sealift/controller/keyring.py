@@ -12,7 +12,7 @@ import structlog
 from sealift.controller.fresh_keys import Interrupted, may_be_left
 from sealift.controller.left_keys import destroy_by_label
 from sealift.controller.providers import Providers
-from sealift.errors import KeyMissing, KeyProviderError, NotFound, SealiftError, VmLocked
+from sealift.errors import KeyMissing, KeyProviderError, NotFound, ProviderRefused, SealiftError, VmLocked
 from sealift.keys.provider import KeyProvider, KeyState, new_key
 from sealift.secret import Secret
 
@@ -95,7 +95,7 @@ class Keyring:
             self._providers.fresh.let_go(self._providers.fresh.label_of(provider, key_id))
 
     async def abandon(self, provider: str, key_id: str) -> None:
-        """Destroy a KEK that was made and came to no use. Raises nothing: an event names the key if that fails.
+        """Destroy a KEK that was made and came to no use. An event names the key if that fails.
 
         One that a VM or a conversion under way names is left as it is. One that is missing was made all the same: a
         server that lags behind the others may say so.
@@ -103,20 +103,25 @@ class Keyring:
         fresh = self._providers.fresh
         label = fresh.label_of(provider, key_id)
         try:
-            if key_id in await self._providers.used_keys(provider):
-                why = "it is in use after all, and was not destroyed"
+            if why := await self._destroy(provider, key_id):
+                await fresh.left_over(f"key {key_id} was left unused at key provider {provider}: {why}", label=label)
             else:
-                async with self._slots[provider], self._providers.asking(provider) as found:
-                    await found.destroy(key_id)
-                why = ""
+                await fresh.settled(label)
+        finally:
+            fresh.let_go(label)  # cut off here, it is looked into later
+
+    async def _destroy(self, provider: str, key_id: str) -> str:
+        """Destroy a key unless it is in use; why that was not done, empty when it was."""
+        try:
+            if key_id in await self._providers.used_keys(provider):
+                return "it is in use after all, and was not destroyed"
+            async with self._slots[provider], self._providers.asking(provider) as found:
+                await found.destroy(key_id)
+        except KeyMissing as error:
+            return f"{error.what}; it was made, so see whether all of its servers say so"
         except SealiftError as error:
-            why = error.what
-            if isinstance(error, KeyMissing):
-                why += "; it was made, so see whether all of its servers say so"
-        if why:
-            await fresh.left_over(f"key {key_id} was left unused at key provider {provider}: {why}", label=label)
-        else:
-            await fresh.settled(label)
+            return error.what
+        return ""
 
     async def settle(self) -> None:
         """Look into every key whose making was interrupted; a provider that cannot be asked is asked the next time."""
@@ -137,6 +142,8 @@ class Keyring:
                     why = _found_again(await found.locate(each.label))
         except NotFound:
             why = "there is no key provider of that name any more"
+        except ProviderRefused as error:  # which is an answer, and will be the same the next time
+            why = error.what
         except SealiftError as error:
             log.info("it is not known yet whether a key was left", label=each.label, error=str(error))
             return
