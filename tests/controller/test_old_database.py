@@ -298,6 +298,10 @@ def test_a_vm_that_only_its_host_knows_to_be_encrypted_keeps_its_keys(tmp_path: 
         refused = await world.services.encryption.encrypt("vm1", None, verify="sample", dry_run=False, asked_by="ann")
         assert refused.state == "refused"
         assert said in refused.error
+        for refused in (await world.decrypt(), await world.rekey(deep=True)):
+            assert refused.error.startswith(said), "and not that it is in clear"
+        with pytest.raises(Conflict, match=said):
+            await world.rekey()
         assert vm in world.a.vms
         await world.services.encryption.restore_config("vm1", asked_by="ann")
         assert (await world.sight()).state == "ok"

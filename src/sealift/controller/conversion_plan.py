@@ -110,6 +110,7 @@ class Planner:
             await self._open_old(plan, vm, host, status)
         elif unknown := unknown_keys(vm, host.name, status):
             plan.findings.append(as_finding(unknown))
+            return plan  # whatever else was found is of a VM that is another by now
         if kind is not ConversionKind.DECRYPT:
             await self._find_new(plan, vm, provider)
         plan.findings = check_conversion(facts, plan.findings)

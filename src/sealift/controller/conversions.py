@@ -192,10 +192,10 @@ class Conversions:
             text = f"VM {row.vm_name} on host {row.host_name}: to {what(row)} it ended as {state.value}: {error.what}"
             vm = await session.get(VmRow, row.vm) if row.with_vm else None
             if vm is not None and vm_at is not None:
-                vm.host = vm_at
+                vm.host, row.todo = vm_at, f"see `sealift vm show {row.vm_name}`"
                 text += (
                     "; the VM is kept, as a host has it encrypted or started, or has had later orders for it, or could "
-                    f"not be asked: see `sealift vm show {row.vm_name}`"
+                    f"not be asked: {row.todo}"
                 )
             elif vm is not None:
                 await session.delete(vm)

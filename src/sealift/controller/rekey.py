@@ -21,7 +21,7 @@ from sealift.controller.link import AgentLink
 from sealift.controller.models import ConversionRow, HostRow, VmRow
 from sealift.controller.new_vm import CONFIG
 from sealift.controller.providers import Providers
-from sealift.controller.vm_keys import file_on_host, own_file, unwrap_all, write_file
+from sealift.controller.vm_keys import file_on_host, own_file, unknown_keys, unwrap_all, write_file
 from sealift.domain.checks import Finding
 from sealift.domain.conversion import ConversionState
 from sealift.domain.deks import wipe
@@ -58,10 +58,12 @@ class Rekeying:
         ``settle`` then gives it to the host. Raises Conflict for a VM in clear, VmLocked, VmTampered, what the key
         provider raises, and HostUnreachable.
         """
+        status = await self._tools.inventory.link(host).vm(vm.uuid)
+        if unknown := unknown_keys(vm, host.name, status):
+            raise unknown
         if not vm.encrypted:
             raise Conflict(f"VM {vm.name} is not encrypted", todo=f"`sealift vm encrypt {vm.name}` encrypts it")
-        link = self._tools.inventory.link(host)
-        await self._tools.inventory.keys.require_own_file(vm, host.name, await link.vm(vm.uuid))
+        await self._tools.inventory.keys.require_own_file(vm, host.name, status)
         row = new_row(wish, vm, host)
         row.state, row.provider = ConversionState.SWAPPING.value, provider or vm.provider or ""
         row.findings = [vars(not_locked_out(vm))]
