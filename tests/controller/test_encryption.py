@@ -282,14 +282,14 @@ def test_a_file_whose_own_key_cannot_be_had_is_not_called_changed(tmp_path: Path
         sight = await world.sight()
         assert sight.state == "tampered"
         assert "newer" in sight.message
-        # A key that its provider says it has not is another matter.
         world.services.inventory.keys._judged.clear()
         await (await world.services.providers.open("other")).destroy(newer.key_id)
         sight = await world.sight()
-        assert sight.state == "tampered"
-        assert "was changed" in sight.message
-        await world.away("other")
-        assert (await world.sight()).state == "tampered"
+        assert sight.state == "locked"
+        assert f"key {newer.key_id} of key provider other, which it names, is not there any more" in sight.message
+        assert "move it away on the host" in sight.message
+        with pytest.raises(VmLocked, match="move it away on the host"):
+            await world.services.encryption.restore_config("vm1", asked_by="ann")
 
     with_world(tmp_path, story)
 

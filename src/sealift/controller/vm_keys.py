@@ -235,14 +235,13 @@ class VmKeys:
             kek, _ = await self.keyring.kek(names.provider, names.key_id, vm=row.name)
         except VmLocked as error:
             match error.__cause__:
-                case KeyMissing():  # nobody will ever prove it to be newer
-                    found = self.unproved(row, file, f"{its_key} is not there any more")
-                    if found.verdict is Verdict.LOCKED:
-                        found = Judgement(Verdict.TAMPERED, found.lines)
-                    return self._keep(file, last, found)
+                case KeyMissing():
+                    why = f"{its_key} is not there any more"
                 case NotFound():
-                    return self.unproved(row, file, f"it names a key provider {names.provider}, which is not there")
-            return self.unproved(row, file, f"{its_key} cannot be had now")
+                    why = f"it names a key provider {names.provider}, which is not there"
+                case _:
+                    why = f"{its_key} cannot be had now"
+            return self.unproved(row, file, why)
         try:
             return self._keep(file, last, bundle.judge(file, last, kek))
         finally:
