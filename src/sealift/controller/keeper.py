@@ -8,7 +8,6 @@ then the providers are asked whether they are there, and nothing else.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from sealift.controller.unlocking import tell_file
 from sealift.controller.vm_keys import VmKeys, file_on_host, holds_all, locked
 from sealift.domain.deks import wipe
 from sealift.domain.vm import VmState, VmStatus
-from sealift.errors import EncryptionError, KeyNotActive, NotFound, SealiftError
+from sealift.errors import EncryptionError, KeyNotActive, NotFound, SealiftError, VmLocked
 from sealift.keys.bundle import Verdict
 
 log = structlog.get_logger("sealift.keeper")
@@ -62,38 +61,36 @@ class Keeper:
 
     def start(self) -> None:
         """Look again and again from now on."""
-        # Two, as a key provider that does not answer may take long to say so.
+        # Several, as a key provider that does not answer may take long to say so.
         self._tasks = [
             asyncio.create_task(self._run(), name="keeper"),
+            asyncio.create_task(self._probe_again(), name="keeper of key providers"),
             asyncio.create_task(self._settle_keys(), name="keeper of fresh keys"),
         ]
 
     async def stop(self) -> None:
         """Look no more."""
-        for tasks in (self._tasks, list(self._looks.values())):  # the first begin the second
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await _end(self._tasks)
+        await _end([*self._looks.values()])  # which the others began
 
     async def _run(self) -> None:
-        probed = time.monotonic()
         while True:
             changed = self._providers.changed  # taken before the look, so that nothing slips in between
             try:
                 await self._begin_looks()
             except Exception:
                 log.exception("the keeper met something unexpected when it asked for VMs")
-            if time.monotonic() - probed >= self._probe_s:
-                try:
-                    await self.probe()
-                except Exception:
-                    log.exception("the keeper met something unexpected when it asked key providers")
-                probed = time.monotonic()
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(self._every_s):
                     await changed.wait()
-            except TimeoutError:
-                continue
+
+    async def _probe_again(self) -> None:
+        while True:
+            await asyncio.sleep(self._probe_s)
+            try:
+                await self.probe()
+            except Exception:
+                log.exception("the keeper met something unexpected when it asked key providers")
 
     async def _settle_keys(self) -> None:
         """See what became of keys whose making was interrupted: at first, and again when a provider may be back."""
@@ -192,7 +189,7 @@ class Keeper:
                     # It goes on with the keys that its QEMU has; only moving it back here would need more.
                     self._keys.lost[vm.uuid] = f"host {placed.host.name} has lost its keys: {error.what}"
                 elif same:
-                    await self._lock(vm, locked(vm.name, error))
+                    await self._lock(vm, locked(vm.name, error) if isinstance(error, VmLocked) else error)
             return
         except SealiftError as error:
             log.info("keys could not be handed out", vm=vm.name, host=placed.host.name, error=str(error))
@@ -252,3 +249,9 @@ class Keeper:
             row.lock_reason = ""
             text = f"VM {row.name} is unlocked: host {placed.host.name} holds its keys"
             self._events.add(session, Happening("vm.unlocked", text, host=placed.host.name, vm=row.name))
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
