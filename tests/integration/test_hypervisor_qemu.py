@@ -36,7 +36,7 @@ from sealift.errors import (
 )
 from sealift.hypervisor import qemu
 from sealift.hypervisor.base import RECONNECTED, Hypervisor
-from sealift.hypervisor.probe import PROBE_S, runs_vcpu
+from sealift.hypervisor.probe import PROBE_S, Probed, runs_vcpu
 from sealift.hypervisor.process import ProcessRef
 from sealift.hypervisor.qemu import QemuHypervisor
 from sealift.hypervisor.qmp import Qmp
@@ -82,7 +82,7 @@ def qemus_of_ours() -> set[int]:
 
 
 def test_the_probe_runs_a_virtual_cpu_of_tcg() -> None:
-    assert asyncio.run(runs_vcpu("qemu-system-x86_64", Accelerator.TCG))
+    assert asyncio.run(runs_vcpu("qemu-system-x86_64", Accelerator.TCG)) is Probed.RAN
     assert not qemus_of_ours()
 
 
@@ -92,7 +92,7 @@ def test_the_probe_tells_the_truth_of_kvm_in_time() -> None:
     assert time.monotonic() - before < PROBE_S[Accelerator.KVM] + 10
     assert not qemus_of_ours()
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        assert not answer, "there is no KVM here at all"
+        assert answer is Probed.FAILED, "there is no KVM here at all"
 
 
 def test_a_probe_that_hangs_is_ended(root: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_probe_that_hangs_is_ended(root: Path) -> None:
     hanging.write_text("#!/bin/sh\nexec sleep 600\n")
     hanging.chmod(0o755)
     before = time.monotonic()
-    assert not asyncio.run(runs_vcpu(str(hanging), Accelerator.KVM, timeout=0.5))
+    assert asyncio.run(runs_vcpu(str(hanging), Accelerator.KVM, timeout=0.5)) is Probed.FAILED
     assert time.monotonic() - before < 5
 
 
@@ -124,8 +124,26 @@ def test_an_accelerator_is_slow_at_first_or_found_at_a_later_look(root: Path, mo
     asyncio.run(check())
 
 
+def test_a_probe_that_could_not_be_ended_is_not_made_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    async def stuck(binary: str, accelerator: Accelerator) -> Probed:
+        made.append(accelerator)
+        return Probed.STUCK
+
+    async def check() -> None:
+        hypervisor = QemuHypervisor("qemu-system-x86_64", Accelerator.KVM)
+        for _ in range(3):
+            assert await hypervisor.accelerators() == ()
+
+    monkeypatch.setattr(qemu, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(qemu, "runs_vcpu", stuck)
+    asyncio.run(check())
+    assert made == [Accelerator.KVM]
+
+
 def test_a_probe_that_only_ends_proves_nothing(root: Path) -> None:
-    assert not asyncio.run(runs_vcpu("/bin/true", Accelerator.KVM))
+    assert asyncio.run(runs_vcpu("/bin/true", Accelerator.KVM)) is Probed.FAILED
 
 
 def test_the_hosts_configuration_limits_the_accelerators(hypervisor: Hypervisor, root: Path) -> None:

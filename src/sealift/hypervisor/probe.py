@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import tempfile
+from enum import Enum
 from pathlib import Path
 
 from sealift.domain.vm import Accelerator
@@ -41,10 +42,18 @@ def _printed(console: Path) -> bool:
     return console.exists() and console.read_bytes() == _WORD
 
 
-async def runs_vcpu(binary: str, accelerator: Accelerator, *, timeout: float | None = None) -> bool:
+class Probed(Enum):
+    """What came of a probe."""
+
+    RAN = "ran"
+    FAILED = "failed"
+    STUCK = "stuck"  # in the kernel, where it cannot even be killed: another one would be too
+
+
+async def runs_vcpu(binary: str, accelerator: Accelerator, *, timeout: float | None = None) -> Probed:
     """Whether ``accelerator`` (KVM or TCG) ran the probe's guest within ``timeout`` seconds, by default ``PROBE_S``.
 
-    The QEMU started for it has ended on return. Raises QemuMissing.
+    The QEMU started for it has ended on return, unless it is stuck. Raises QemuMissing.
     """
     limit = PROBE_S[accelerator] if timeout is None else timeout
     with tempfile.TemporaryDirectory(prefix="sealift-probe-", ignore_cleanup_errors=True) as directory:
@@ -71,5 +80,7 @@ async def runs_vcpu(binary: str, accelerator: Accelerator, *, timeout: float | N
             process.kill()
             # Shielded: a cancelled caller must not leave a virtual CPU spinning. Bounded: one that hangs in the
             # kernel may not even die.
-            await asyncio.shield(process.wait_exit(limit))
-        return ended and _printed(console)
+            gone = await asyncio.shield(process.wait_exit(limit))
+        if not gone:
+            return Probed.STUCK
+        return Probed.RAN if ended and _printed(console) else Probed.FAILED

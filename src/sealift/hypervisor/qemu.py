@@ -29,7 +29,7 @@ from sealift.hypervisor.base import VmPaths
 from sealift.hypervisor.disks import check_image
 from sealift.hypervisor.own_thread import in_own_thread
 from sealift.hypervisor.passphrase import Passphrase
-from sealift.hypervisor.probe import runs_vcpu
+from sealift.hypervisor.probe import Probed, runs_vcpu
 from sealift.hypervisor.process import ProcessRef, spawn
 from sealift.hypervisor.qemu_vm import QemuVm, is_served, remove_sockets, server_of
 from sealift.hypervisor.qmp import Qmp
@@ -73,7 +73,7 @@ class QemuHypervisor:
         self._accelerator = accelerator
         self._lock = asyncio.Lock()
         self._facts: dict[tuple[object, ...], _Facts] = {}
-        self._probed: dict[tuple[object, ...], tuple[bool, float]] = {}
+        self._probed: dict[tuple[object, ...], tuple[Probed, float]] = {}
 
     def _find(self) -> tuple[str, tuple[object, ...]]:
         """The binary's path, and what changes when another is installed."""
@@ -149,11 +149,11 @@ class QemuHypervisor:
             return tuple([each for each in wanted if await self._runs(each, path, identity)])
 
     async def _runs(self, accelerator: Accelerator, path: str, identity: tuple[object, ...]) -> bool:
-        ran, at = self._probed.get((accelerator, *identity), (False, float("-inf")))
-        if not ran and time.monotonic() - at >= _AGAIN_S:
-            ran = await runs_vcpu(path, accelerator)
-            self._probed[accelerator, *identity] = ran, time.monotonic()
-        return ran
+        found, at = self._probed.get((accelerator, *identity), (Probed.FAILED, float("-inf")))
+        if found is Probed.FAILED and time.monotonic() - at >= _AGAIN_S:
+            found = await runs_vcpu(path, accelerator)
+            self._probed[accelerator, *identity] = found, time.monotonic()
+        return found is Probed.RAN
 
     async def freeze(self, config: VmConfig) -> HardwareRecord:
         return hardware.record(
