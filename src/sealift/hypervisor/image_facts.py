@@ -22,7 +22,11 @@ from sealift.hypervisor.own_thread import in_own_thread
 from sealift.hypervisor.qemu_img import run
 
 ASK_S = 10.0
-"""How long the tables of an image may be read, before what is in it counts as not known."""
+"""How long an image's header may be read."""
+
+MEASURE_S = 40.0
+"""How long its tables may be read, one for each 512 MiB, before how much is in it counts as not known. Whoever asked
+waits for a minute."""
 
 
 async def look(path: str, format: Literal["qcow2", "raw"]) -> DiskFacts:
@@ -32,21 +36,21 @@ async def look(path: str, format: Literal["qcow2", "raw"]) -> DiskFacts:
         return facts
     node = {"driver": "qcow2", "file": {"driver": "file", "filename": path}, "backing": None}
     about = ("--output", "json", f"json:{json.dumps(node)}")
-    info = await _ask(["info", "-U", *about])
+    info = await _ask(["info", "-U", *about], ASK_S)
     facts = replace(facts, bitmaps=_names(info))
     if facts.content_bytes is not None:
         return facts
-    measured = await _ask(["measure", "-U", "-O", "qcow2", *about])
+    measured = await _ask(["measure", "-U", "-O", "qcow2", *about], MEASURE_S)
     return replace(facts, content_bytes=measured.get("required"))
 
 
-async def _ask(arguments: Sequence[str]) -> dict[str, Any]:
+async def _ask(arguments: Sequence[str], within_s: float) -> dict[str, Any]:
     """What qemu-img answers; nothing when it fails or does not come to an end."""
     try:
-        async with asyncio.timeout(ASK_S):
+        async with asyncio.timeout(within_s):
             ended = await run("qemu-img", arguments, [])
         answer = json.loads(ended.printed) if ended.code == 0 else {}
-    except (SealiftError, TimeoutError, ValueError):
+    except (SealiftError, OSError, ValueError):  # TimeoutError is an OSError
         return {}
     return answer if isinstance(answer, dict) else {}
 
