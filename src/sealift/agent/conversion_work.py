@@ -30,12 +30,13 @@ _AFTER = {
 @dataclass
 class Work:
     """One conversion. ``keys``: of the old and the new images. ``making``: the making of the new ones; None for a
-    conversion that an earlier agent left."""
+    conversion that an earlier agent left. ``old_changed``: it ended because the old images are not what they were."""
 
     row: ConversionRow
     steps: list[Step] = field(default_factory=list)
     keys: dict[UUID, Secret] = field(default_factory=dict)
     cancel_asked: bool = False
+    old_changed: bool = False
     making: asyncio.Task[tuple[NewImage, ...]] | None = None
 
     @property

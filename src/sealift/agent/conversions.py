@@ -162,7 +162,11 @@ class Conversions:
             before += step.virtual_bytes
         places = work.row.places
         images = [await in_own_thread(new_images.complete, *each) for each in zip(places, made, strict=True)]
-        await in_own_thread(new_images.refuse_changed, places)
+        try:
+            await in_own_thread(new_images.refuse_changed, places)
+        except (SealiftError, OSError):
+            work.old_changed = True
+            raise
         return tuple(images)
 
     def _refs(self, work: Work, step: Step) -> tuple[ImageRef, ImageRef]:
@@ -187,7 +191,7 @@ class Conversions:
 
     async def _undo(self, work: Work, state: ConversionState, error: SealiftError) -> None:
         """The old images are in place: leave nothing of the new ones, and say how it ended."""
-        if any(place.old is not None for place in work.row.places):
+        if not work.old_changed and any(place.old is not None for place in work.row.places):
             error = type(error)(f"{error.what}; the old images are in place", todo=error.todo)
         order = work.order
         told = {"id": str(order.id), "vm": order.config.name, "kind": order.kind.value, "state": state.value}
