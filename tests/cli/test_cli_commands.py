@@ -124,6 +124,13 @@ def test_help_is_there_without_a_login(sealift: CommandLine, words: list[str]) -
     assert "Usage" in result.stdout
 
 
+def test_a_closed_output_is_no_failure(sealift: CommandLine) -> None:
+    """As cron and daemons may have it."""
+    command = [sys.executable, "-m", "sealift.entry.main", "--version"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_version_is_told(sealift: CommandLine) -> None:
     from sealift import __version__
 

@@ -94,7 +94,7 @@ def follow(course: Course[_T], now: _T, view: View[_T], interrupts: Interrupts, 
 
     ``cancel``: whether Ctrl-C asks the controller to cancel. Once somebody only stops following, exits with DETACHED.
     """
-    asked = False  # and answered
+    left = going_on = "following; it goes on"
     try:
         view.note(course.opening)
         seen, silent = 0, False
@@ -107,9 +107,12 @@ def follow(course: Course[_T], now: _T, view: View[_T], interrupts: Interrupts, 
                 if not cancel:
                     raise KeyboardInterrupt
                 view.note("asking the controller to cancel; Ctrl-C again stops waiting for the end")
+                left = "waiting; the controller may have been asked to cancel"
                 try:
-                    now, asked = course.cancel(), True
+                    now = course.cancel()
+                    left = "waiting; the controller was asked to cancel"
                 except SealiftError as error:
+                    left = going_on
                     view.note(f"not cancelled: {error}")
                 continue
             interrupts.wait(POLL_S)
@@ -123,7 +126,6 @@ def follow(course: Course[_T], now: _T, view: View[_T], interrupts: Interrupts, 
                 silent = False
     except KeyboardInterrupt:
         view.close()
-        left = "waiting; the controller was asked to cancel" if asked else "following; it goes on"
         click.echo(f"\nsealift: no longer {left}, see `{course.again}`", err=True)
         raise click.exceptions.Exit(DETACHED) from None
     finally:

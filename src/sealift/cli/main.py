@@ -63,7 +63,8 @@ def run(group: click.Group, arguments: Sequence[str] | None = None) -> NoReturn:
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
         code = group.main(given, prog_name="sealift", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is when it was closed before we began
+            sys.stdout.flush()
     except click.ClickException as error:
         _show(error, as_json="--json" in given)
         sys.exit(error.exit_code)
@@ -78,7 +79,8 @@ def run(group: click.Group, arguments: Sequence[str] | None = None) -> NoReturn:
             why = f"{error.strerror}; what was asked for may have been done"
             click.echo(f"sealift: the output cannot be written: {why}", err=True)
         # Nor must the interpreter flush it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
