@@ -203,6 +203,7 @@ def test_a_back_pressured_data_channel_delays_no_message(site: Site) -> None:
             if not (came := pair.source.ask("wait", after=seen, timeout=2.0)["events"]):
                 break
         assert came == [], "back-pressure is not silence"
+        assert "broken" not in {event["type"] for event in pair.source.events()}
         assert far.recv(16)
 
 

