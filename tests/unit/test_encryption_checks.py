@@ -91,6 +91,15 @@ def test_a_disk_that_is_not_there_is_made_only_for_a_new_vm_that_is_encrypted() 
         assert "is not there" in text
 
 
+def test_of_an_image_whose_content_is_not_known_all_is_reckoned_and_that_is_said() -> None:
+    one = replace(GOOD, config=replace(CONFIG, disks=(QCOW2,)))
+    tight = replace(IMAGE, content_bytes=None, free_bytes=1 << 20)
+    [text] = found(replace(one, images=(tight,)), "error")
+    assert f"(reckoned with all of {QCOW2.path}: how much is in it could not be read in time)" in text
+    [text] = found(replace(one, images=(replace(tight, content_bytes=GIB),)), "error")
+    assert "reckoned" not in text
+
+
 def test_images_on_one_file_system_share_its_room() -> None:
     """One image fits, two do not; on two file systems both do."""
     room = GIB + LUKS_ROOM_BYTES

@@ -7,7 +7,7 @@ both, and nothing else may refer to the old image or live in it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from sealift.domain.checks import Finding
@@ -179,6 +179,8 @@ class _Place:
     free_bytes: int
     marks: set[object]
     wanted: int = 0
+    unknown: list[str] = field(default_factory=list)
+    """Disks of which it is not known how much they hold, so that all of them was reckoned with."""
 
 
 def _room(facts: ConversionFacts) -> Iterable[Finding]:
@@ -194,13 +196,21 @@ def _room(facts: ConversionFacts) -> Iterable[Finding]:
             places.append(place := _Place(directory, image.free_bytes, set()))
         place.marks |= marks
         place.wanted += needed_bytes(facts.kind, disk, image)
+        if image.exists and disk.format == "qcow2" and image.content_bytes is None:
+            place.unknown.append(disk.path)
     for place in places:
         if place.wanted > place.free_bytes:
             yield _error(
                 f"{place.directory} on host {facts.host_name} has {_mib(place.free_bytes)} free; "
-                f"the new images may need {_mib(place.wanted)} beside the old ones",
+                f"the new images may need {_mib(place.wanted)} beside the old ones{_whole(place.unknown)}",
                 "make room there; the old images go only when the new ones were verified",
             )
+
+
+def _whole(unknown: list[str]) -> str:
+    if not unknown:
+        return ""
+    return f" (reckoned with all of {', '.join(unknown)}: how much is in it could not be read in time)"
 
 
 def _datastores(facts: ConversionFacts) -> Iterable[Finding]:
