@@ -6,7 +6,6 @@ provider's: what is being built or thrown away has such a name, and what a crash
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from sealift.controller.provider_ask import ProviderAsk
 from sealift.errors import Conflict
 from sealift.keys import kmip_trust
 from sealift.keys.native import NativeProvider
-from sealift.keys.storage import KDK_BYTES, find_storage
+from sealift.keys.storage import KDK_BYTES, find_storage, sync_directory
 from sealift.secret import Secret
 
 _ASIDE = ".aside-"
@@ -59,7 +58,7 @@ class ProviderFiles:
                 f"{place} is there already, though there is no key provider {name}", todo="move that directory away"
             )
         built.rename(place)
-        _sync(self.root)
+        sync_directory(self.root)
         try:
             yield
         except Exception:
@@ -80,14 +79,6 @@ class ProviderFiles:
 
     def _aside(self) -> Path:
         return self.root / (_ASIDE + secrets.token_hex(8))
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def build_native(directory: Path, name: str, kdk: Secret) -> None:

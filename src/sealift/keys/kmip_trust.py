@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, Pub
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from sealift.errors import InvalidInput, ProviderUnreachable
+from sealift.keys.storage import sync_directory
 from sealift.secret import Secret
 
 GENERATED_LIFE: Final = datetime.timedelta(days=3653)
@@ -253,19 +254,19 @@ def _write_pair(directory: Path, certificate: bytes, key: bytes) -> None:
     _make(directory)
     with _written(directory / _KEY, key) as new_key, _written(directory / _CERTIFICATE, certificate) as new_certificate:
         (directory / _CERTIFICATE).unlink(missing_ok=True)
-        _sync(directory)
+        sync_directory(directory)
         new_key.replace(directory / _KEY)
-        _sync(directory)
+        sync_directory(directory)
         new_certificate.replace(directory / _CERTIFICATE)
         (directory / _REQUEST).unlink(missing_ok=True)
-        _sync(directory)
+        sync_directory(directory)
 
 
 def _write(path: Path, content: bytes) -> None:
     """The file with this content, or as it was; through to the disk."""
     with _written(path, content) as new:
         new.replace(path)
-        _sync(path.parent)
+        sync_directory(path.parent)
 
 
 @contextlib.contextmanager
@@ -281,11 +282,3 @@ def _written(path: Path, content: bytes) -> Iterator[Path]:
         yield new
     finally:
         new.unlink(missing_ok=True)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

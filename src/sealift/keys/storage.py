@@ -96,6 +96,11 @@ def store(name: str, directory: Path, kdk: Secret, storage: KeyStorage) -> None:
         raise AlreadyExists(f"key provider {name} has its key already", todo="give another name") from None
     finally:
         new.unlink()
+    sync_directory(directory)
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the entries of ``directory`` are on the disk; raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
