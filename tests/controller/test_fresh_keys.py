@@ -46,16 +46,21 @@ async def die(*_: object, **__: object) -> ConversionRow:
     raise Died
 
 
+async def die_before_the_record(world: World, *, shallow: bool) -> None:
+    """Make a key for a VM, and die before anything but its label is written down."""
+    begin = await prepared(world, shallow)
+    world.services.conversions.begin = die  # type: ignore[method-assign]
+    world.services.keyring.give_up = die  # type: ignore[method-assign, assignment]
+    with pytest.raises(Died):
+        await begin()
+
+
 @pytest.mark.parametrize("shallow", [False, True], ids=["encrypt", "shallow rekey"])
 def test_a_controller_that_dies_before_the_record_tells_of_the_key_when_it_is_back(
     shallow: bool, tmp_path: Path
 ) -> None:
     async def story(world: World) -> None:
-        begin = await prepared(world, shallow)
-        world.services.conversions.begin = die  # type: ignore[method-assign]
-        world.services.keyring.give_up = die  # type: ignore[method-assign, assignment]
-        with pytest.raises(Died):
-            await begin()
+        await die_before_the_record(world, shallow=shallow)
         [(key_id, _)] = unused_keys(world)
         await world.restart()
         event = await world.tell("key.left_over")
@@ -72,11 +77,7 @@ def test_a_controller_that_dies_before_the_record_tells_of_the_key_when_it_is_ba
 
 def test_a_provider_that_is_away_then_is_asked_again(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        begin = await prepared(world, shallow=False)
-        world.services.conversions.begin = die  # type: ignore[method-assign]
-        world.services.keyring.give_up = die  # type: ignore[method-assign, assignment]
-        with pytest.raises(Died):
-            await begin()
+        await die_before_the_record(world, shallow=False)
         await world.away()
         await world.restart()
         await world.services.keyring.settle()
@@ -120,11 +121,7 @@ def test_a_provider_that_refuses_to_look_for_the_key_is_an_answer(
         raise ProviderRefused("it does not allow that")
 
     async def story(world: World) -> None:
-        begin = await prepared(world, shallow=False)
-        world.services.conversions.begin = die  # type: ignore[method-assign]
-        world.services.keyring.give_up = die  # type: ignore[method-assign, assignment]
-        with pytest.raises(Died):
-            await begin()
+        await die_before_the_record(world, shallow=False)
         monkeypatch.setattr(NativeProvider, "locate", refuse)
         await world.restart()
         assert "it does not allow that" in (await world.tell("key.left_over")).text
